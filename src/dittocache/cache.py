@@ -1,0 +1,372 @@
+"""`enable` puts a recipe on a pipeline or a transformer; the `Cache` it returns takes it off and tells what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from . import clock, hooks
+from .describe import Description
+from .plan import COMPUTE, REUSE, Plan, align
+from .recipe import Recipe, resolve
+from .run import Run, active_runs
+from .when import Table
+
+_caches: weakref.WeakKeyDictionary[Any, list[Cache]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did, in numbers.
+
+    Attributes:
+        compute_fraction: FLOPs done / FLOPs of the full run; 1 = nothing skipped.
+        ideal_speedup: the inverse: the speed-up if time followed FLOPs.
+        flops_full, flops_done: multiplications and additions of the whole run; nan before anything was measured.
+        bytes_peak: largest memory of all features kept at a time, in bytes.
+        kinds: share of the tokens computed, by kind of site.
+        warnings: what the user should know.
+    """
+
+    recipe: str
+    steps: int
+    compute_fraction: float
+    ideal_speedup: float
+    flops_full: float
+    flops_done: float
+    bytes_peak: int
+    kinds: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "warnings": list(self.warnings), "kinds": dict(self.kinds)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"recipe           {self.recipe}",
+            f"steps            {self.steps}",
+            f"compute share    {100 * self.compute_fraction:.1f} %",
+            f"ideal speed-up   {self.ideal_speedup:.2f}x",
+            f"FLOPs            {self.flops_done / 1e9:.2f} of {self.flops_full / 1e9:.2f} G",
+            f"features kept    {self.bytes_peak / 2**20:.2f} MiB",
+            *(f"  {kind:<15}{100 * share:.1f} % computed" for kind, share in self.kinds.items()),
+            *(f"warning          {text}" for text in self.warnings),
+        ]
+        return "\n".join(lines)
+
+
+class Cache:
+    """A recipe at work on a pipeline or a transformer. Made by `enable`; leaving it as a context manager disables it."""
+
+    def __init__(self, target: Any, transformer: nn.Module, recipe: Recipe, scheduler: Any) -> None:
+        self.recipe = recipe
+        self.enabled = False
+        self._target = weakref.ref(target)
+        self._transformer = weakref.ref(transformer)
+        self._scheduler = scheduler
+        self._watched: list[Any] = []
+        self._last: Run | None = None
+        self._told = False
+        self.description: Description
+        self.used: list[int] = []
+
+    # ---- on and off -------------------------------------------------------------------------------------------------
+    def _enable(self, description: Description) -> None:
+        transformer, target = self._transformer(), self._target()
+        self.used = wanted(self.recipe, description)
+        self._attachment = hooks.attach(transformer, self)  # type: ignore[arg-type]
+        self.description = self._attachment.description
+        if target is not transformer:
+            clock.watch_call(target, self)
+            self._watched.append(target)
+        if self._scheduler is not None:
+            self._watch(self._scheduler)
+        self.enabled = True
+        _caches.setdefault(target, []).append(self)
+
+    def disable(self) -> None:
+        """Takes the cache off; the model and its scheduler are as they were before. Doing it twice does no harm."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        for run in active_runs():
+            if run.owner is self:
+                run.close()
+        for watched in self._watched:
+            clock.unwatch(watched, self)
+        self._watched.clear()
+        transformer, target = self._transformer(), self._target()
+        if transformer is not None:
+            hooks.detach(transformer, self)
+        if target is not None and self in _caches.get(target, []):
+            _caches[target].remove(self)
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.disable()
+
+    # ---- the clock's listener ---------------------------------------------------------------------------------------
+    def _watch(self, scheduler: Any) -> None:
+        clock.watch_scheduler(scheduler, self)
+        self._watched.append(scheduler)
+
+    @contextlib.contextmanager
+    def calling(self, pipeline: Any) -> Iterator[None]:
+        """Surrounds a call of the pipeline: its present scheduler is watched, and the run ends with the call."""
+        scheduler = getattr(pipeline, "scheduler", None)
+        if scheduler is not None and self not in clock.listeners(scheduler):
+            for old in [w for w in self._watched if w is not pipeline]:
+                clock.unwatch(old, self)
+                self._watched.remove(old)
+            self._watch(scheduler)
+        before = active_runs()
+        try:
+            yield
+        finally:
+            for run in active_runs():
+                if run.owner is self and run not in before:
+                    run.close()
+
+    def on_begin(self, scheduler: Any) -> None:
+        """A run begins; whatever an earlier one left behind is forgotten."""
+        for run in active_runs():
+            if run.owner is self:
+                run.close()
+        timesteps = scheduler.timesteps[getattr(scheduler, "begin_index", None) or 0 :]
+        run = self._start(len(timesteps), timesteps)
+        run.__enter__()
+        run.advance()
+
+    def on_prediction(self, scheduler: Any, prediction: Any) -> Any:
+        """Applies the recipe's fix."""
+        run = self._current()
+        if run is None or self.recipe.fix is None:
+            return prediction
+        k = min(run.step_index or 0, run.num_steps - 1)
+        calls = run.calls[k].sum()
+        share = float(run.shares[k].sum() / calls) if calls else COMPUTE
+        return self.recipe.fix.fix(prediction, k, run.num_steps, share)
+
+    def on_step(self, scheduler: Any) -> None:
+        """A step is over; the last one ends the run."""
+        run = self._current()
+        if run is not None:
+            run.advance()
+            if run.step_index == run.num_steps:
+                run.close()
+
+    def _current(self) -> Run | None:
+        return next((run for run in active_runs() if run.owner is self), None)
+
+    # ---- runs -------------------------------------------------------------------------------------------------------
+    def _start(self, num_steps: int, timesteps: Sequence[float] | None) -> Run:
+        self._last = Run(self, num_steps, timesteps)
+        return self._last
+
+    def run(self, num_steps: int, timesteps: Sequence[float] | None = None) -> Run:
+        """An explicit clock for a raw loop: `with cache.run(T) as run: ... run.step(i)` (or `cache.step(i)`).
+
+        Args:
+            num_steps: T, number of steps.
+            timesteps: the timestep of every step, for the trace; optional.
+
+        Raises:
+            ValueError: T is not a whole number of 1 or more, or does not fit the timesteps or the recipe's plan.
+            RuntimeError: the cache was disabled.
+        """
+        from .parts import check_int
+
+        check_int("num_steps", num_steps, 1)
+        if timesteps is not None and len(timesteps) != num_steps:
+            raise ValueError(f"{len(timesteps)} timesteps were given for {num_steps} steps")
+        if not self.enabled:
+            raise RuntimeError("this cache was disabled; call dittocache.enable again")
+        return self._start(num_steps, timesteps)
+
+    def step(self, i: int, branch: int = 0) -> None:
+        """Step i of the explicit run begins; call it before the forward of that step.
+
+        Raises:
+            RuntimeError: no explicit run is open in this context.
+            ValueError: i or branch is out of range.
+        """
+        run = self._current()
+        if run is None:
+            raise RuntimeError("no run is open here: call cache.step(i) inside `with cache.run(num_steps):`")
+        run.step(i, branch)
+
+    def without_run(self) -> None:
+        """A forward outside of any run: an error where nothing could ever begin one, else said once."""
+        if not self._watched:
+            raise RuntimeError(
+                "the cache does not know where the sampling run stands: pass scheduler=... to dittocache.enable, or wrap "
+                "the loop in `with cache.run(num_steps):` and call `cache.step(i)` before the forward of step i"
+            )
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                "dittocache: a forward outside of any run was computed without caching; a run begins with the "
+                "scheduler's set_timesteps, or with `with cache.run(num_steps):`",
+                stacklevel=2,
+            )
+
+    # ---- results ----------------------------------------------------------------------------------------------------
+    def flops(self, used: list[int], branches: int) -> tuple[tuple[float, ...] | None, float]:
+        """Measured FLOPs of the used sites, and of everything else, for one step with that many branches."""
+        costs = self._attachment.costs
+        if not costs:
+            return None, 0.0
+        sites, rest = next(reversed(costs.values()))
+        total = sum(sites) + rest
+        wanted_sites = [sites[j] * branches for j in used]
+        return tuple(wanted_sites), max(total * branches - sum(wanted_sites), 0.0)
+
+    @property
+    def trace(self) -> Plan:
+        """The plan that the last run really followed.
+
+        Raises:
+            RuntimeError: nothing has run yet.
+        """
+        if self._last is None:
+            raise RuntimeError("nothing has run yet: the trace is that of the last run")
+        return self._last.trace()
+
+    def report(self) -> Report:
+        """The last run in numbers.
+
+        Raises:
+            RuntimeError: nothing has run yet.
+        """
+        trace = self.trace
+        assert self._last is not None
+        return Report(
+            recipe=self.recipe.describe(),
+            steps=len(trace.steps),
+            compute_fraction=trace.compute_fraction,
+            ideal_speedup=trace.ideal_speedup,
+            flops_full=trace.flops_full,
+            flops_done=trace.flops_done,
+            bytes_peak=self._last.bytes_peak,
+            kinds=trace.share_by_kind(),
+            warnings=tuple(self._last.notes),
+        )
+
+
+def wanted(recipe: Recipe, description: Description) -> list[int]:
+    """Indices of the sites that a recipe works on.
+
+    Raises:
+        ValueError: none of the model's sites fits, or the recipe asks for what these sites cannot give.
+    """
+    kinds = {
+        "module": ("attention", "cross-attention", "feed-forward", "context-feed-forward", "fused"),
+        "attention": ("attention", "cross-attention"),
+        "feed-forward": ("feed-forward", "context-feed-forward"),
+    }[recipe.where]
+    stack = ("stack",) if recipe.when.uses_stack else ()
+    used = [j for j, site in enumerate(description.sites) if site.kind in kinds + stack]
+    if not any(description.sites[j].kind in kinds for j in used):
+        known = ", ".join(dict.fromkeys(site.kind for site in description.sites))
+        raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; its sites are: {known}")
+    if isinstance(recipe.when, Table):
+        sites = [description.sites[j] for j in used]
+        table = align(recipe.when.plan, sites)
+        for j, site in enumerate(sites):
+            if not site.tokenwise and ((table[:, j] > REUSE) & (table[:, j] < COMPUTE)).any():
+                raise ValueError(f"the plan computes some tokens of {site.name!r}, which is not token-wise")
+    if recipe.which is not None:
+        tokenwise = [entry for entry in description.entries if entry.site.tokenwise]
+        if not tokenwise:
+            raise ValueError(f"{description.model} has no token-wise feed-forward to compute some tokens of")
+        if recipe.which.observes:
+            attentions = [entry.module for entry in description.entries if entry.site.kind == "attention"]
+            blocks_with = {entry.site.order for entry in tokenwise}
+            for entry in description.entries:
+                if entry.site.kind == "attention" and entry.site.order in blocks_with:
+                    reason = hooks.observable(entry.module, recipe.which.observes)
+                    if reason:
+                        raise ValueError(
+                            f"selector {recipe.which.name!r} does not work on {description.model}: {reason}; "
+                            "use value-norm, similarity, norm or random"
+                        )
+            if not attentions:
+                raise ValueError(f"selector {recipe.which.name!r} needs attention modules; {description.model} has none")
+    return used
+
+
+def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) -> Cache:
+    """Puts a caching method on a pipeline or a transformer, in place of what was on.
+
+    Args:
+        target: a diffusers pipeline, or a bare transformer.
+        recipe: a method's name (see `methods()`), a `Recipe`, a `Plan`, or the folder or Hub id of a saved recipe.
+        scheduler: for a bare transformer, the scheduler whose `set_timesteps` and `step` tell where the run stands;
+            without one, use `with cache.run(num_steps):`.
+        params: parameters of the method.
+
+    Returns:
+        The `Cache`: `disable()`, `run`, `step`, `trace`, `report()`.
+
+    Raises:
+        ValueError: unknown method or parameter, a bad value, or a recipe that this model cannot follow.
+        TypeError: the target is neither a pipeline nor a module.
+        RuntimeError: a diffusers cache is already on.
+
+    Nothing is changed unless everything fits.
+    """
+    chosen = resolve(recipe, **params)
+    transformer = _transformer_of(target)
+    if scheduler is None and target is not transformer:
+        scheduler = getattr(target, "scheduler", None)
+    if scheduler is not None and not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
+        raise TypeError(f"a scheduler has set_timesteps and step; got {type(scheduler).__name__}")
+    foreign = hooks.foreign_cache(transformer)
+    if foreign is not None:
+        raise RuntimeError(f"a diffusers cache is already on ({foreign}); call transformer.disable_cache() first")
+    if any(p.is_meta for p in transformer.parameters()):
+        raise ValueError(f"{type(transformer).__name__} has parameters on the meta device: load its weights first")
+    description = hooks.describe(transformer)
+    wanted(chosen, description)
+    replaced = list(_caches.get(target, []))
+    if target is transformer and scheduler is not None:
+        replaced = [old for old in replaced if old._scheduler in (None, scheduler)]
+    replaced += [
+        old for old in hooks.caches_on(transformer) if old._scheduler is scheduler is not None and old not in replaced
+    ]
+    for old in replaced:
+        old.disable()
+    cache = Cache(target, transformer, chosen, scheduler)
+    cache._enable(description)
+    return cache
+
+
+def disable(target: Any) -> None:
+    """Takes every cache off a pipeline or transformer that `enable` was called with. Harmless if none is on."""
+    for cache in list(_caches.get(target, [])) if _is_target(target) else ():
+        cache.disable()
+
+
+def _is_target(target: Any) -> bool:
+    return isinstance(target, nn.Module) or hasattr(target, "components")
+
+
+def _transformer_of(target: Any) -> nn.Module:
+    """The denoiser of a pipeline, or the module itself."""
+    if isinstance(target, nn.Module):
+        return target
+    if not hasattr(target, "components"):
+        raise TypeError(f"enable needs a diffusers pipeline or a torch module; got {type(target).__name__}")
+    for name in ("transformer", "unet"):
+        module = getattr(target, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError(f"{type(target).__name__} has neither a transformer nor a unet: nothing to cache")

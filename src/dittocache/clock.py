@@ -1,0 +1,131 @@
+"""Where a sampling run stands: which step, of how many.
+
+Pipelines do not tell a cache where they are, but every one of them calls `scheduler.set_timesteps` once before a run and
+`scheduler.step` once after every step. Observing these two on the scheduler itself works with any pipeline and any loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+_lock = threading.RLock()
+_observed: dict[tuple[type, tuple[str, ...]], type] = {}
+_listeners: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+
+
+class Listener(Protocol):
+    """What a clock calls."""
+
+    def on_begin(self, scheduler: Any) -> None:
+        """A new run begins: the scheduler has its timesteps."""
+
+    def on_prediction(self, scheduler: Any, prediction: Any) -> Any:
+        """A step's prediction is about to be handed to the scheduler; returns it, corrected or not."""
+
+    def on_step(self, scheduler: Any) -> None:
+        """A step is over."""
+
+
+def watch_scheduler(scheduler: Any, listener: Listener) -> None:
+    """Lets `listener` hear of `set_timesteps` and `step` of this scheduler object, until `unwatch`."""
+    _watch(scheduler, listener, {"set_timesteps": _set_timesteps, "set_begin_index": _set_begin_index, "step": _step})
+
+
+def watch_call(pipeline: Any, listener: Any) -> None:
+    """Lets `listener.calling(pipeline)`, a context manager, surround every call of this pipeline object."""
+    _watch(pipeline, listener, {"__call__": _call})
+
+
+def unwatch(target: Any, listener: Any) -> None:
+    """Undoes a watch; the last one gives the object its own class back."""
+    with _lock:
+        left = [one for one in _listeners.get(target, []) if one is not listener]
+        if left:
+            _listeners[target] = left
+        elif target in _listeners:
+            del _listeners[target]
+            if type(target) in _observed.values():
+                object.__setattr__(target, "__class__", type(target).__mro__[1])
+
+
+def listeners(target: Any) -> list[Any]:
+    return list(_listeners.get(target, ()))
+
+
+def _watch(target: Any, listener: Any, methods: dict[str, Callable[[Any], Any]]) -> None:
+    with _lock:
+        _listeners.setdefault(target, []).append(listener)
+        if type(target) in _observed.values():
+            return
+        cls = type(target)
+        key = (cls, tuple(name for name in methods if hasattr(cls, name)))
+        if key not in _observed:
+            # bears the class's own name, so that saving a pipeline while a cache is on writes the right names
+            namespace: dict[str, Any] = {name: methods[name](getattr(cls, name)) for name in key[1]}
+            namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+            namespace["__reduce_ex__"] = _reduce
+            _observed[key] = type(cls)(cls.__name__, (cls,), namespace)
+        object.__setattr__(target, "__class__", _observed[key])
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Copies and pickles are of the plain class: they are not watched."""
+    plain = type(self).__mro__[1]
+    function, args, *rest = plain.__reduce_ex__(self, protocol)
+    return function, tuple(plain if a is type(self) else a for a in args), *rest
+
+
+def _set_timesteps(method: Any) -> Any:
+    @functools.wraps(method)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        for listener in listeners(self):
+            listener.on_begin(self)
+        return result
+
+    return set_timesteps
+
+
+def _set_begin_index(method: Any) -> Any:
+    """Image-to-image runs start in the middle of the timesteps and say so here, before their first step."""
+
+    @functools.wraps(method)
+    def set_begin_index(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        if getattr(self, "begin_index", None):
+            for listener in listeners(self):
+                listener.on_begin(self)
+        return result
+
+    return set_begin_index
+
+
+def _step(method: Any) -> Any:
+    # pipelines look at the signature of `step` to see what it takes; `wraps` keeps it visible
+    @functools.wraps(method)
+    def step(self: Any, model_output: Any, *args: Any, **kwargs: Any) -> Any:
+        heard = listeners(self)
+        for listener in heard:
+            model_output = listener.on_prediction(self, model_output)
+        result = method(self, model_output, *args, **kwargs)
+        for listener in heard:
+            listener.on_step(self)
+        return result
+
+    return step
+
+
+def _call(method: Any) -> Any:
+    @functools.wraps(method)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        heard = listeners(self)
+        if not heard:
+            return method(self, *args, **kwargs)
+        with heard[0].calling(self):
+            return method(self, *args, **kwargs)
+
+    return __call__

@@ -1,0 +1,88 @@
+"""What every when, which, fill and fix shares: parameters that can be checked, written as JSON and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+PartType = TypeVar("PartType", bound="Part")
+
+
+class Part:
+    """Base of the four answers (when, which, fill, fix): a frozen dataclass whose fields are JSON values or plans.
+
+    Subclasses are registered under their class name, so that a saved recipe can be read back.
+    """
+
+    registry: ClassVar[dict[str, type[Part]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Part.registry[cls.__name__] = cls
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"type": type(self).__name__}
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if hasattr(value, "to_dict"):
+                value = value.to_dict()
+            data[f.name] = list(value) if isinstance(value, tuple) else value
+        return data
+
+    @classmethod
+    def from_dict(cls: type[PartType], data: Any) -> PartType:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: unknown type or parameter, or a value out of range.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("type"), str):
+            raise ValueError(f"a {cls.__name__.lower()} is saved as an object with a 'type', not {data!r:.80}")
+        known = {n: c for n, c in Part.registry.items() if issubclass(c, cls) and dataclasses.is_dataclass(c)}
+        part = known.get(data["type"])
+        if part is None:
+            raise ValueError(f"unknown {cls.__name__.lower()} {data['type']!r}; known: {', '.join(sorted(known))}")
+        names = {f.name for f in dataclasses.fields(part)}  # type: ignore[arg-type]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "type"}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise ValueError(f"{data['type']} has no parameter {unknown[0]!r}; known: {', '.join(sorted(names))}")
+        try:
+            return part(**values)  # type: ignore[return-value]
+        except TypeError as error:
+            raise ValueError(f"damaged {data['type']}: {error}") from None
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raises a ValueError that names the value unless it is a whole number in [low, high]."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        limit = f"{low} or more" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be a whole number, {limit}; got {value!r}")
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_ends: bool = False) -> None:
+    """Raises a ValueError that names the value unless it is a finite number in [low, high] (or in between)."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    inside = number and math.isfinite(value) and (low < value < high if open_ends else low <= value <= high)
+    if not inside:
+        limit = f"between {low:g} and {high:g}"
+        if not math.isfinite(high):
+            limit = f"{'above' if open_ends else 'at least'} {low:g}" if math.isfinite(low) else "finite"
+        raise ValueError(f"{name} must be a number {limit}; got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raises a ValueError that names the value and the choices unless it is one of them."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises a ValueError that names the value unless it is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False; got {value!r}")

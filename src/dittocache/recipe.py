@@ -1,0 +1,317 @@
+"""Recipes: where + when + which + fill + fix, and the registry of the published methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .fill import Fill, Hold
+from .fix import Fix
+from .parts import Part, check_bool, check_choice, check_int, check_number
+from .plan import COMPUTE, REUSE, Plan
+from .when import Table, When
+from .which import Which
+
+FORMAT = "dittocache-recipe-1"
+FILE = "recipe.json"
+WHERE = ("module", "attention", "feed-forward")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A caching method: the answers to where, when, which, fill and fix.
+
+    Args:
+        when: at which steps a site is computed, partly computed, or not.
+        where: `module` for attention and feed-forward, or one of the two alone.
+        which: which tokens a partial step computes; None: a partial step reuses all.
+        fill: what stands in for what was not computed.
+        fix: correction outside the network; None for none.
+        method: name of the published method, if it is one.
+        params: the method's parameters, all of them.
+        provenance: where the recipe was made and for what; free JSON.
+
+    Raises:
+        ValueError: an answer of the wrong sort, or a mix that cannot work.
+    """
+
+    when: When
+    where: str = "module"
+    which: Which | None = None
+    fill: Fill = field(default_factory=Hold)
+    fix: Fix | None = None
+    method: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("where", self.where, WHERE)
+        for name, kind, optional in (("when", When, False), ("which", Which, True), ("fill", Fill, False), ("fix", Fix, True)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (optional and value is None):
+                known = sorted(n for n, c in Part.registry.items() if issubclass(c, kind) and dataclasses.is_dataclass(c))
+                raise ValueError(f"{name} must be one of {', '.join(known) or 'none yet'}; got {value!r:.80}")
+        if isinstance(self.when, Table):
+            partial = (self.when.plan.table > REUSE) & (self.when.plan.table < COMPUTE)
+            if partial.any() and self.which is None:
+                raise ValueError("the plan computes some tokens only, so the recipe needs `which`, such as ValueNorm()")
+
+    # ---- words ------------------------------------------------------------------------------------------------------
+    def describe(self) -> str:
+        """One line: the method and the parameters that differ from its defaults, or the parts."""
+        if self.method is not None:
+            known = methods()[self.method].parameters if self.method in methods() else {}
+            changed = {k: v for k, v in self.params.items() if k not in known or v != known[k].default}
+            return self.method + (f"({', '.join(f'{k}={v}' for k, v in changed.items())})" if changed else "")
+        parts = (type(p).__name__ for p in (self.when, self.which, self.fill, self.fix) if p is not None)
+        return f"{self.where}: {' + '.join(parts)}"
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "params": {k: list(v) if isinstance(v, tuple) else v for k, v in self.params.items()},
+            "where": self.where,
+            **{n: None if getattr(self, n) is None else getattr(self, n).to_dict() for n in ("when", "which", "fill", "fix")},
+            "provenance": {"dittocache": __version__, **self.provenance},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: not a recipe of this format, or a damaged one.
+        """
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"not a recipe: format is {found!r}, expected {FORMAT!r}")
+        if "when" not in data:
+            raise ValueError("damaged recipe: 'when' is missing")
+        parts = {}
+        for name, kind in (("when", When), ("which", Which), ("fill", Fill), ("fix", Fix)):
+            if data.get(name) is not None:
+                parts[name] = kind.from_dict(data[name])
+        params, provenance = data.get("params", {}), data.get("provenance", {})
+        if not isinstance(params, Mapping) or not isinstance(provenance, Mapping):
+            raise ValueError("damaged recipe: 'params' and 'provenance' must be objects")
+        return cls(
+            where=data.get("where", "module"),
+            method=data.get("method"),
+            params={k: tuple(v) if isinstance(v, list) else v for k, v in params.items()},
+            provenance=provenance,
+            **parts,
+        )
+
+    def save_pretrained(self, folder: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any) -> None:
+        """Writes the recipe into a folder (created if missing), and uploads it if asked to."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            from huggingface_hub import HfApi
+
+            repo = HfApi().create_repo(repo_id or folder.name, exist_ok=True, **kwargs).repo_id
+            HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Add dittocache recipe")
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
+        """Uploads the recipe to the Hub; keyword arguments go to `create_repo` (private, token, ...)."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Recipe:
+        """Reads a saved recipe from a folder or the Hub; keyword arguments go to `hf_hub_download`.
+
+        Raises:
+            ValueError: nothing there, or a damaged or foreign file.
+        """
+        path = Path(name) / FILE
+        if not path.is_file():
+            if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+                raise ValueError(f"no saved recipe at {str(name)!r}: {FILE} is missing")
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+            try:
+                path = Path(hf_hub_download(str(name), FILE, **kwargs))
+            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+                raise ValueError(f"no saved recipe at {str(name)!r}, neither a folder nor on the Hub: {error}") from None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"damaged recipe {str(path)!r}: not JSON ({error})") from None
+        return cls.from_dict(data)
+
+
+# ---- the registry of methods ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Int:
+    """Annotation of a whole-number parameter."""
+
+    low: int
+    high: int | None = None
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Number:
+    """Annotation of a real parameter."""
+
+    low: float
+    high: float = float("inf")
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a method: its type in words, default, help, and the values it takes."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    valid: str
+    check: Callable[[Any], None] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method: what it is, what it needs, its parameters, and how to cite it.
+
+    Attributes:
+        needs: `nothing`, `calibration` or `training`.
+        settings: recommended parameters per model and sampler.
+    """
+
+    name: str
+    title: str
+    arxiv: str
+    bibtex: str
+    needs: str
+    summary: str
+    parameters: dict[str, Parameter]
+    settings: dict[str, dict[str, Any]]
+    build: Callable[..., Recipe] = field(repr=False)
+
+    def __call__(self, **params: Any) -> Recipe:
+        """The recipe with these parameters.
+
+        Raises:
+            ValueError: unknown parameter, or a value of the wrong type or range.
+        """
+        for name, value in params.items():
+            if name not in self.parameters:
+                raise ValueError(f"{self.name} has no parameter {name!r}; known: {', '.join(self.parameters) or 'none'}")
+            self.parameters[name].check(value)
+        values = {name: p.default for name, p in self.parameters.items()} | params
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return dataclasses.replace(self.build(**values), method=self.name, params=values)
+
+
+_methods: dict[str, Method] = {}
+
+
+def method(
+    *, name: str, title: str, arxiv: str, bibtex: str, needs: str = "nothing", settings: dict[str, dict[str, Any]] | None = None
+) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:
+    """Registers a function that builds a recipe; its annotated signature becomes the method's parameters."""
+
+    def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
+        hints = typing.get_type_hints(build, include_extras=True)
+        signature = inspect.signature(build).parameters
+        parameters = {p: _parameter(p, hints[p], signature[p].default) for p in signature}
+        summary = inspect.cleandoc(build.__doc__ or "").splitlines()[0]
+        _methods[name] = Method(name, title, arxiv, bibtex, needs, summary, parameters, dict(settings or {}), build)
+        return build
+
+    return register
+
+
+def _parameter(name: str, hint: Any, default: Any) -> Parameter:
+    """Reads `Annotated[type, Int | Number | help text]`; `| None` makes a parameter optional."""
+    base, *notes = typing.get_args(hint)
+    note = notes[0]
+    help_text = note if isinstance(note, str) else note.help
+    options = [a for a in typing.get_args(base) if a is not types.NoneType] if _is_union(base) else [base]
+    optional, kind = _is_union(base), options[0]
+    check: Callable[[Any], None]
+    if isinstance(note, Int):
+        valid = f"{note.low} or more" if note.high is None else f"{note.low} to {note.high}"
+        type_name, check = "int", lambda v: check_int(name, v, note.low, note.high)
+    elif isinstance(note, Number):
+        valid = f"{note.low:g} or more" if note.high == float("inf") else f"{note.low:g} to {note.high:g}"
+        valid = "any finite number" if note.low == -float("inf") else valid
+        type_name, check = "float", lambda v: check_number(name, v, note.low, note.high)
+    elif typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        type_name, valid, check = "choice", ", ".join(choices), lambda v: check_choice(name, v, choices)
+    elif kind is bool:
+        type_name, valid, check = "bool", "True, False", lambda v: check_bool(name, v)
+    else:
+        from .when.soft import check_window
+
+        type_name, valid, check = "pair", "(low, high) within 0 to 1", lambda v: check_window(name, v)
+    if optional:
+        inner = check
+        valid, check = f"{valid}, or None", lambda v: None if v is None else inner(v)
+    return Parameter(name, type_name, default, help_text, valid, check)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def methods() -> dict[str, Method]:
+    """The published methods by name."""
+    return dict(sorted(_methods.items()))
+
+
+def recipe(name: str, **params: Any) -> Recipe:
+    """The recipe of a published method.
+
+    Args:
+        name: one of `methods()`.
+        params: parameters of the method, by the names of its paper's settings; the rest keep the paper's defaults.
+
+    Raises:
+        ValueError: unknown method or parameter, or a value of the wrong type or range; the known ones are listed.
+    """
+    if not isinstance(name, str) or name not in _methods:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(methods())}")
+    return _methods[name](**params)
+
+
+def resolve(what: Any, **params: Any) -> Recipe:
+    """A recipe from a method's name with parameters, a `Recipe`, a `Plan`, or the folder or Hub id of a saved one.
+
+    Raises:
+        ValueError, TypeError: none of these, or parameters for something that takes none.
+    """
+    if isinstance(what, str) and what in _methods:
+        return recipe(what, **params)
+    if params:
+        known = f"only a method takes parameters; known methods: {', '.join(methods())}"
+        raise ValueError(f"parameter {next(iter(params))!r} does not go with {what!r:.60}: {known}")
+    if isinstance(what, Recipe):
+        return what
+    if isinstance(what, Plan):
+        return Recipe(when=Table(what))
+    if isinstance(what, (str, Path)):
+        text = str(what)
+        if isinstance(what, Path) or Path(text).exists() or "/" in text:
+            return Recipe.from_pretrained(what)
+        raise ValueError(f"unknown method {text!r}; known: {', '.join(methods())} (or the folder or Hub id of a saved recipe)")
+    raise TypeError(f"a recipe is a method's name, a Recipe, a Plan or a saved recipe's folder; got {type(what).__name__}")

@@ -1,0 +1,175 @@
+"""Everything that one sampling run remembers.
+
+A run is bound to the context (thread or task) that drives it, not to the model: two threads, or two pipelines over one
+transformer, never see each other's features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+
+from .fill import Entry
+from .plan import COMPUTE, PARTIAL, REUSE, Plan, Site
+
+_active: ContextVar[tuple[Run, ...]] = ContextVar("dittocache_runs", default=())
+
+
+class Run:
+    """One sampling run: the table it follows, the features it keeps, and the trace of what it did.
+
+    A context manager: inside, forwards of the cached model belong to this run. It may be left and entered again, so
+    that a server can interleave requests; it ends with its last step, or with `close`.
+
+    Args:
+        recipe: the recipe that is followed.
+        sites: the columns of the table; those the recipe does not want are None in `columns`.
+        num_steps: T, number of steps (network evaluations per branch).
+        timesteps: the scheduler's timesteps, for the trace; optional.
+        owner: the cache that the run belongs to.
+    """
+
+    def __init__(self, owner: Any, num_steps: int, timesteps: Any = None) -> None:
+        self.owner = owner
+        self.recipe = owner.recipe
+        self.num_steps = num_steps
+        self.timesteps = None if timesteps is None else [float(t) for t in timesteps]
+        self.sites: list[Site] = owner.description.sites
+        self.used: list[int] = owner.used
+        self.codes = self._codes()
+        self.step_index: int | None = None
+        self.branch = -1
+        self.branches = 0
+        self.halves = 1
+        self.ended = False
+        self.entries: dict[tuple[int, int], Entry] = {}
+        self.shares = np.zeros((num_steps, len(self.sites)))
+        self.calls = np.zeros((num_steps, len(self.sites)), dtype=np.int64)
+        self.generator = torch.Generator().manual_seed(getattr(self.recipe.which, "seed", 0))
+        self.bytes_peak = 0
+        self.notes: list[str] = []
+
+    def _codes(self) -> list[list[float | None]]:
+        """The schedule with PARTIAL kept only where tokens can be computed on their own, as rows over all sites."""
+        used = [self.sites[j] for j in self.used]
+        table = np.asarray(self.recipe.when.table(self.num_steps, used), dtype=np.float64)
+        tokenwise = np.array([site.tokenwise for site in used]) & (self.recipe.which is not None)
+        table = np.where((table == PARTIAL) & ~tokenwise, REUSE, table)
+        codes: list[list[float | None]] = []
+        for row in table.tolist():
+            full: list[float | None] = [None] * len(self.sites)
+            for j, share in zip(self.used, row, strict=True):
+                full[j] = share
+            codes.append(full)
+        return codes
+
+    # ---- clock ------------------------------------------------------------------------------------------------------
+    def __enter__(self) -> Run:
+        _active.set((*(run for run in _active.get() if run.owner is not self.owner), self))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.suspend()
+        if exc[0] is None and self.step_index is not None and self.step_index >= self.num_steps - 1:
+            self.close()
+
+    def suspend(self) -> None:
+        """Takes the run out of the context; `with run:` puts it back."""
+        _active.set(tuple(run for run in _active.get() if run is not self))
+
+    def step(self, index: int, branch: int = 0) -> None:
+        """Step `index` begins; the next forward is that of guidance branch `branch`, the one after that the next.
+
+        Raises:
+            ValueError: the index is out of range or lies before the current step.
+        """
+        whole = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+        if not whole or not 0 <= index < self.num_steps:
+            raise ValueError(f"step must be a whole number from 0 to {self.num_steps - 1}; got {index!r}")
+        if self.step_index is not None and index < self.step_index:
+            raise ValueError(f"step {index} comes before step {self.step_index}; begin a new run instead")
+        if not isinstance(branch, int) or isinstance(branch, bool) or branch < 0:
+            raise ValueError(f"branch must be a whole number, 0 or more; got {branch!r}")
+        self.step_index, self.branch = int(index), branch - 1
+
+    def advance(self) -> None:
+        """The next step begins."""
+        self.step_index = 0 if self.step_index is None else self.step_index + 1
+        self.branch = -1
+
+    def next_branch(self) -> int:
+        """Number of the guidance branch of a forward that begins now."""
+        self.branch += 1
+        self.branches = max(self.branches, self.branch + 1)
+        return self.branch
+
+    def row(self) -> list[float | None]:
+        """Codes of the current step; past the announced end everything is computed."""
+        k = self.step_index or 0
+        if k >= self.num_steps:
+            self.note(f"the run went on after its {self.num_steps} steps; later steps were computed in full")
+            return [None if share is None else COMPUTE for share in self.codes[-1]]
+        return self.codes[k]
+
+    # ---- records ----------------------------------------------------------------------------------------------------
+    def entry(self, site: int, branch: int) -> Entry:
+        key = (site, branch)
+        if key not in self.entries:
+            self.entries[key] = Entry()
+        return self.entries[key]
+
+    def record(self, sites: Any, share: float) -> None:
+        """Notes that this share of the sites' tokens was computed in the current step."""
+        k = self.step_index or 0
+        if k < self.num_steps:
+            self.shares[k, sites] += share
+            self.calls[k, sites] += 1
+
+    def weigh(self) -> None:
+        """Updates the peak of the memory that is kept."""
+        self.bytes_peak = max(self.bytes_peak, sum(entry.bytes for entry in self.entries.values()))
+
+    def note(self, text: str) -> None:
+        """Warns, once a run for each text."""
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(f"dittocache: {text}", stacklevel=3)
+
+    def trace(self) -> Plan:
+        """What the run really did so far."""
+        done = np.flatnonzero(self.calls.any(1))
+        k = list(done) if len(done) else []
+        calls = self.calls[k][:, self.used]
+        table = np.where(calls > 0, self.shares[k][:, self.used] / np.maximum(calls, 1), REUSE)
+        flops, rest = self.owner.flops(self.used, max(self.branches, 1))
+        meta: dict[str, Any] = {"num_steps": self.num_steps, "branches": self.branches}
+        if self.timesteps is not None:
+            meta["timesteps"] = [self.timesteps[i] for i in k if i < len(self.timesteps)]
+        return Plan(
+            table=np.clip(table, 0, 1),
+            sites=tuple(self.sites[j].name for j in self.used),
+            steps=tuple(int(i) for i in k),
+            kinds=tuple(self.sites[j].kind for j in self.used),
+            flops=flops,
+            flops_rest=rest,
+            meta=meta,
+        )
+
+    def close(self) -> None:
+        """Ends the run: the features are let go, the trace stays, and a run that skipped nothing says so."""
+        if self.ended:
+            return
+        self.ended = True
+        self.suspend()
+        self.entries.clear()
+        if self.calls.any() and (self.shares == self.calls).all():
+            self.note(f"{self.recipe.describe()} is on, but this run of {self.num_steps} steps skipped nothing")
+
+
+def active_runs() -> tuple[Run, ...]:
+    """The runs of the present context, the latest last."""
+    return _active.get()

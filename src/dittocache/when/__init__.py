@@ -1,0 +1,7 @@
+"""When is a site computed, partly computed, or not at all? Pure schedules: step and site numbers in, a table out."""
+
+from .base import When
+from .fixed import Counter, Every, ModuleIntervals, Table
+from .soft import DualInterval, SoftInterval
+
+__all__ = ["Counter", "DualInterval", "Every", "ModuleIntervals", "SoftInterval", "Table", "When"]

@@ -1,0 +1,103 @@
+"""Schedules that depend on the step number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..parts import check_choice, check_int
+from ..plan import COMPUTE, PARTIAL, REUSE, Plan, Site, align
+from .base import When
+
+
+def _columns(computed: np.ndarray, sites: Sequence[Site], otherwise: float = REUSE) -> np.ndarray:
+    return np.repeat(np.where(computed, COMPUTE, otherwise)[:, None], len(sites), axis=1)
+
+
+@dataclass(frozen=True)
+class Every(When):
+    """Every interval-th step is computed (FORA, arXiv 2407.01425).
+
+    `anchor="end"`, the authors' rule, fixes the grid to the last step (computed iff i = T-1 or i mod interval = 0);
+    `"start"` to the first (k mod interval = 0), as other papers' "FORA" baselines do.
+    """
+
+    interval: int = 3
+    anchor: str = "end"
+
+    def __post_init__(self) -> None:
+        check_int("interval", self.interval, 1)
+        check_choice("anchor", self.anchor, ("end", "start"))
+
+    def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
+        k = np.arange(num_steps)
+        i = k if self.anchor == "start" else num_steps - 1 - k
+        return _columns((i % self.interval == 0) | (k == 0), sites)
+
+
+@dataclass(frozen=True)
+class Counter(When):
+    """The first `first_full` steps, then every interval-th after the last full one (ToCa's rule for FLUX)."""
+
+    interval: int = 4
+    first_full: int = 3
+
+    def __post_init__(self) -> None:
+        check_int("interval", self.interval, 1)
+        check_int("first_full", self.first_full, 1)
+
+    def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
+        k = np.arange(num_steps)
+        since = k - (self.first_full - 1)
+        return _columns((since <= 0) | (since % self.interval == 0), sites, otherwise=PARTIAL)
+
+
+@dataclass(frozen=True)
+class ModuleIntervals(When):
+    """An interval of its own for every kind of site (ToCa's rule for Open-Sora: 3 / 3 / 6)."""
+
+    attention: int = 3
+    cross_attention: int = 6
+    feed_forward: int = 3
+    first_full: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("attention", "cross_attention", "feed_forward", "first_full"):
+            check_int(name, getattr(self, name), 1)
+
+    def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
+        k = np.arange(num_steps)[:, None]
+        by_kind: Mapping[str, int] = {
+            "attention": self.attention,
+            "cross-attention": self.cross_attention,
+            "feed-forward": self.feed_forward,
+        }
+        interval = np.array([by_kind.get(site.kind, self.feed_forward) for site in sites])
+        return np.where((k < self.first_full) | (k % interval == 0), COMPUTE, PARTIAL)
+
+
+@dataclass(frozen=True)
+class Table(When):
+    """Any plan, entry by entry. A run of another number of steps is refused."""
+
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, Plan):
+            object.__setattr__(self, "plan", Plan.from_dict(self.plan))
+
+    @property
+    def uses_stack(self) -> bool:  # type: ignore[override]
+        return "stack" in self.plan.kinds
+
+    def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
+        """The plan's table, columns in the order of `sites`.
+
+        Raises:
+            ValueError: the plan was made for another number of steps, or for a model with other sites.
+        """
+        if num_steps != len(self.plan.steps):
+            raise ValueError(f"the plan has {len(self.plan.steps)} steps, but this run has {num_steps}")
+        return align(self.plan, sites)
