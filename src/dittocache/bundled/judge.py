@@ -1,0 +1,104 @@
+"""A small classifier of drawn characters: the yardstick for pictures of the bundled model.
+
+Pictures are what the pipeline returns with output_type="pt": float [n, 1, 32, 32] in [0, 1].
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from . import folder
+from .data import CHARACTERS, Split
+
+FEATURES = 64  # length of the feature vector of the Frechet distance
+EPOCHS, BATCH, LEARNING_RATE, SEED = 8, 128, 3e-3, 0
+
+
+class Judge(nn.Module):
+    """About 50,000 parameters; call it for logits [n, 36], `features` for [n, 64]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 16, 32, 48, FEATURES)
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(itertools.pairwise(widths)):
+            stride = 1 if index == len(widths) - 2 else 2
+            layers += [
+                nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU(),
+            ]  # fmt: skip
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(FEATURES, len(CHARACTERS))
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.body(pictures * 2 - 1).mean((2, 3))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(pictures))
+
+
+def load_judge(name: str | Path = "glyphs") -> Judge:
+    """The judge that comes with a bundled model (or lies in a folder), in float32 on the CPU."""
+    path = name if isinstance(name, Path) else folder(name)
+    judge = Judge().eval().requires_grad_(False)
+    judge.load_state_dict(load_file(path / "judge.safetensors"))
+    return judge
+
+
+def load_reference(name: str = "glyphs") -> dict[str, torch.Tensor]:
+    """Judge features of real pictures: "train.mean" [64], "train.covariance" [64, 64], likewise "held_out."."""
+    return load_file(folder(name) / "reference.safetensors")
+
+
+@torch.no_grad()
+def read(judge: Judge, pictures: torch.Tensor, batch: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    """(class numbers int64 [n], features float64 [n, 64]) of pictures [n, 1, 32, 32] in [0, 1]."""
+    features = torch.cat([judge.features(part.float()) for part in pictures.cpu().split(batch)])
+    return judge.head(features).argmax(1), features.double()
+
+
+def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [d] and covariance [d, d] of features [n, d], in float64."""
+    features = features.double()
+    return features.mean(0), torch.cov(features.T)
+
+
+def frechet_distance(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Squared Frechet distance between two Gaussians given as (mean, covariance)."""
+    (mean_a, cov_a), (mean_b, cov_b) = ([t.double() for t in pair] for pair in (first, second))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    # trace of sqrt(A B) through the symmetric sqrt(A) B sqrt(A), which eigvalsh can take
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def to_pictures(data: np.ndarray) -> torch.Tensor:
+    """uint8 [n, 32, 32] -> float32 [n, 1, 32, 32] in [0, 1]."""
+    return torch.from_numpy(data).float().div_(255)[:, None]
+
+
+def train_judge(data: Split, progress: Callable = lambda items, **_: items) -> Judge:
+    torch.manual_seed(SEED)
+    judge = Judge()
+    pictures, labels = to_pictures(data.pictures), torch.from_numpy(data.labels)
+    steps = EPOCHS * (len(labels) // BATCH)
+    optimizer = torch.optim.AdamW(judge.parameters(), LEARNING_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1)
+    order = torch.cat([torch.randperm(len(labels))[: steps // EPOCHS * BATCH] for _ in range(EPOCHS)])
+    for rows in progress(order.split(BATCH), desc="judge"):
+        x = pictures[rows]
+        # Moved by up to two pixels: the judge should read shapes, not places.
+        x = torch.roll(x, tuple(torch.randint(-2, 3, (2,)).tolist()), (2, 3))
+        loss = nn.functional.cross_entropy(judge(x), labels[rows], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval().requires_grad_(False)

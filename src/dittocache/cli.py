@@ -1,0 +1,556 @@
+"""The command line: one command, verbs. Wrong arguments end with exit code 2 and one line."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .evaluate.compare import Comparison, Progress
+    from .recipe import Method, Recipe
+
+# typer ships its own copy of click, or uses click, depending on its version
+UsageError, ClickException = typer.BadParameter.__mro__[1:3]
+MODEL = "glyphs"
+
+
+class _OneLine(TyperGroup):
+    """A group of commands whose usage errors are one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except ClickException as error:
+            if not standalone_mode:
+                raise
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context is not None else ""
+            typer.echo(f"Error: {' '.join(error.format_message().split()).rstrip('.')}{hint}", err=True)
+            sys.exit(2)
+        except typer.Abort:
+            sys.exit(130)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
+app = typer.Typer(
+    cls=_OneLine,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main() -> None:
+    """Entry point of the command `dittocache`."""
+    app(prog_name="dittocache")
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Turns what a bad argument raises into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _examples(*lines: str) -> str:
+    return "\n\n".join(("Examples:", *lines))
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, default=str))
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ... By default a GPU if there is one.")]
+Params = Annotated[
+    list[str] | None,
+    typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the method; may be given several times."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Diffusion transformers that sample faster by reusing features between denoising steps.
+
+    Start with `dittocache demo`: it draws pictures with and without caching and writes one page that shows
+    how much faster, and how close.
+    """
+    if version:
+        from . import __version__
+
+        typer.echo(f"dittocache {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+# ---- demo, report, bench --------------------------------------------------------------------------------------------
+@app.command(
+    epilog=_examples("dittocache demo", "dittocache demo --out here --pictures 12 --steps 20", "dittocache demo --device cuda")
+)
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the page, the numbers and the pictures.")] = Path("dittocache-demo"),
+    pictures: Annotated[int, typer.Option(min=2, max=3600, help="How many pictures every row draws.")] = 36,
+    steps: Annotated[int, typer.Option(min=10, max=1000, help="Denoising steps of the uncached row.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the others count up.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw the same pictures uncached, with fewer steps and with caching; measure; write one HTML page.
+
+    Takes a minute or two on two processor cores. The folder then holds index.html (open it in a browser; it loads
+    nothing from the network), comparison.json (all numbers) and pictures.safetensors (all pictures).
+    """
+    from .bundled.judge import load_judge
+    from .evaluate import compare, standard_rows, write_page
+
+    with _usage_errors():
+        out.mkdir(parents=True, exist_ok=True)
+        pipe = _load(device)
+        rows = standard_rows(steps)
+    characters = _characters(pipe)
+    labels = [j % len(characters) for j in range(pictures)]
+    began = time.perf_counter()
+    with _progress("drawing") as progress:
+        comparison = compare(
+            pipe,
+            rows,
+            labels,
+            [seed + j for j in range(pictures)],
+            chunk=min(12, -(-pictures // 3)),
+            judge=load_judge(MODEL),
+            names=[characters[label] for label in labels],
+            model=MODEL,
+            progress=progress,
+        )
+    comparison.save(out)
+    page = write_page(comparison, out / "index.html")
+    if as_json:
+        _print_json(comparison.to_dict() | {"page": str(page)})
+        return
+    _show(comparison, f"took {time.perf_counter() - began:.0f} s")
+    typer.echo(f"\nThe page: {page}")
+
+
+@app.command(epilog=_examples("dittocache report dittocache-demo", "dittocache report dittocache-demo --out page.html"))
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that dittocache demo wrote.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The page's file.", show_default="FOLDER/index.html")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the HTML page of a saved comparison again, and print its table."""
+    from .evaluate import Comparison, write_page
+
+    with _usage_errors():
+        comparison = Comparison.load(folder)
+        page = write_page(comparison, out or folder / "index.html")
+    if as_json:
+        _print_json(comparison.to_dict() | {"page": str(page)})
+        return
+    _show(comparison)
+    typer.echo(f"\nThe page: {page}")
+
+
+@app.command(
+    epilog=_examples(
+        "dittocache bench", "dittocache bench --json > speed.json", "dittocache bench --method duca -p interval=5 -p ratio=0.1"
+    )
+)
+def bench(
+    method: Annotated[str | None, typer.Option(help="One method only; see dittocache methods.", show_default="all")] = None,
+    param: Params = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of every row.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure speed on the bundled model: uncached, the runtime with nothing skipped, and caching methods.
+
+    Rows run in turn, so that whatever else the machine does meets all of them alike; speed-ups are medians of paired
+    ratios. The row "none" computes everything with the cache on: its speed-up is the overhead of the runtime.
+    """
+    from .evaluate.compare import cached, compare, uncached
+
+    with _usage_errors():
+        params = _parse(method, param)
+        names = [method] if method else list(_methods_that_run())
+        rows = [uncached(steps), cached("none", steps), *(cached(n, steps, **params) for n in names if n != "none")]
+        pipe = _load(device)
+    count = max(2, batch * repeats)
+    with _progress("measuring") as progress:
+        found = compare(pipe, rows, [j % 36 for j in range(count)], list(range(count)), batch, model=MODEL, progress=progress)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    _print(_table(found, fidelity=False))
+    _print(f"{found.provenance['machine']}, {found.provenance['threads']} threads, {batch} pictures at once, {steps} steps")
+
+
+# ---- sample ---------------------------------------------------------------------------------------------------------
+@app.command(
+    epilog=_examples(
+        "dittocache sample --labels ABC",
+        "dittocache sample --method duca --param interval=3 --param ratio=0.05 --plan-out plan.png",
+    )
+)
+def sample(
+    labels: Annotated[str, typer.Option(help="What to draw: characters A-Z and 0-9.")] = "DITTOCACHE",
+    out: Annotated[Path, typer.Option(help="The picture's file: .png, .jpg, .webp, ...")] = Path("sample.png"),
+    method: Annotated[
+        str | None, typer.Option(help="Caching method, or folder of a saved recipe.", show_default="none")
+    ] = None,
+    param: Params = None,
+    plan_out: Annotated[Path | None, typer.Option(help="Also draw what was computed: .png, .svg, .pdf.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 for none.")] = 1.5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the others count up.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw pictures with the bundled model, with or without caching, and report what was saved."""
+    import torch
+    from PIL import Image
+
+    from . import enable
+    from .evaluate.page import sheet
+
+    with _usage_errors():
+        params = _parse(method, param)
+        for path in (out, plan_out):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"there is no folder {str(path.parent)!r} for {path.name}")
+        if out.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"{out.name!r} does not end like a picture's file: use .png")
+        if plan_out is not None and method is None:
+            raise ValueError("--plan-out needs --method: without caching everything is computed")
+        pipe = _load(device)
+        classes = pipe.get_label_ids(labels)
+        cache = enable(pipe, method, **params) if method else None
+    with _progress("drawing") as progress:
+        pipe_steps = _Steps(progress, steps)
+        began = time.perf_counter()
+        with _usage_errors():
+            pictures = pipe(
+                class_labels=classes,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(seed + j) for j in range(len(classes))],
+                output_type="np",
+                callback_on_step_end=pipe_steps,
+            ).images
+        seconds = time.perf_counter() - began
+    picture = sheet((pictures * 255).round().astype("uint8"), columns=min(len(classes), 12)).squeeze(-1)
+    with _usage_errors():
+        Image.fromarray(picture).resize((picture.shape[1] * 4, picture.shape[0] * 4), Image.Resampling.NEAREST).save(out)
+        if cache is not None and plan_out is not None:
+            cache.trace.draw(plan_out)
+    if as_json:
+        found = {"out": str(out), "seconds": round(seconds, 3), "report": cache.report().to_dict() if cache else None}
+        _print_json(found)
+        return
+    if cache is not None:
+        typer.echo(str(cache.report()))
+    typer.echo(f"{len(classes)} pictures in {seconds:.1f} s: {out}" + (f" and {plan_out}" if plan_out else ""))
+
+
+class _Steps:
+    """A pipeline's callback that moves a progress bar."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress, self.steps = progress, steps
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.progress(step + 1, self.steps, f"step {step + 1}")
+        return inputs
+
+
+# ---- methods, describe ----------------------------------------------------------------------------------------------
+@app.command(epilog=_examples("dittocache methods", "dittocache methods duca", "dittocache methods duca --json"))
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method: its parameters, settings and citation.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the caching methods, or everything about one of them."""
+    from . import methods as known
+
+    if name is None:
+        found = known()
+        if as_json:
+            _print_json({n: _method_dict(m) for n, m in found.items()})
+            return
+        table = _new_table("method", "paper", "needs", "what it does")
+        for n, m in found.items():
+            table.add_row(f"[bold]{n}[/bold]", m.arxiv and f"arXiv {m.arxiv}", m.needs, m.summary)
+        _print(table)
+        typer.echo("dittocache methods NAME tells more about one of them.")
+        return
+    with _usage_errors():
+        method = _method(name)
+    if as_json:
+        _print_json(_method_dict(method))
+        return
+    _print(f"[bold]{method.name}[/bold]: {method.title}" + (f" (arXiv {method.arxiv})" if method.arxiv else ""))
+    _print(f"{method.summary}\nNeeds: {method.needs}.")
+    if method.parameters:
+        table = _new_table("parameter", "default", "valid", "what it is")
+        for p in method.parameters.values():
+            table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, p.help)
+        _print(table)
+    for model, values in method.settings.items():
+        _print(f"Recommended for {model}: {', '.join(f'{k}={v}' for k, v in values.items())}")
+    if method.bibtex:
+        typer.echo("\n" + method.bibtex)
+
+
+@app.command(
+    epilog=_examples(
+        "dittocache describe", "dittocache describe FluxTransformer2DModel", "dittocache describe path/to/pipeline --json"
+    )
+)
+def describe(
+    target: Annotated[
+        str, typer.Argument(help="A bundled model, a class of diffusers, or the folder of a saved pipeline or transformer.")
+    ] = MODEL,
+    as_json: Json = False,
+) -> None:
+    """Show what can be cached in a transformer: its sites, block by block. Weights are not needed."""
+    from . import describe as find
+
+    with _usage_errors():
+        found = find(_network(target))
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        typer.echo(str(found))
+
+
+def _network(target: str) -> Any:
+    """A transformer without weights (on the meta device), from what `describe` takes.
+
+    Raises:
+        ValueError: there is no such thing, or it cannot be built.
+    """
+    import diffusers
+    import torch
+
+    from . import bundled
+
+    config: dict[str, Any] = {}
+    if target in bundled.names():
+        target = str(bundled.folder(target))
+    folder = Path(target)
+    if folder.is_dir():
+        places = [folder, *(folder / name for name in ("transformer", "unet"))]
+        file = next((place / "config.json" for place in places if (place / "config.json").is_file()), None)
+        if file is None:
+            raise ValueError(f"{target!r} holds no transformer: config.json is missing")
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            name = config["_class_name"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{str(file)!r} is damaged, or not a config of diffusers") from None
+    else:
+        name = target
+        if "/" in target or not hasattr(diffusers, name):
+            raise ValueError(
+                f"{target!r} is neither a bundled model ({', '.join(bundled.names())}), nor a class of diffusers, nor a folder"
+            )
+    cls = getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        raise ValueError(f"{name!r} is not a network of diffusers {diffusers.__version__}")
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config) if config else cls()
+    except Exception as error:  # whatever a foreign constructor raises when its default configuration is incomplete
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{name} cannot be built from its {'saved' if config else 'default'} configuration: {reason}") from None
+
+
+# ---- doctor ---------------------------------------------------------------------------------------------------------
+@app.command(epilog=_examples("dittocache doctor", "dittocache doctor --json"))
+def doctor(device: Device = "auto", as_json: Json = False) -> None:
+    """Check the installation: versions, device, bundled model, and that a cache really skips. Exit code 1 if not."""
+    from .evaluate.doctor import examine
+
+    with _usage_errors():
+        device = _device(device)
+    checks = examine(device)
+    if as_json:
+        _print_json([check._asdict() for check in checks])
+    else:
+        table = _new_table("", "check", "found")
+        for check in checks:
+            table.add_row("[green]ok[/green]" if check.ok else "[red]wrong[/red]", check.name, check.found)
+        _print(table)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+# ---- what several commands need -------------------------------------------------------------------------------------
+def _device(name: str) -> str:
+    """A device that is there; `auto` is the GPU, else the CPU."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r}: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def _load(device: str) -> Any:
+    """The bundled pipeline, quiet."""
+    from diffusers.utils import logging
+
+    from . import bundled
+
+    logging.disable_progress_bar()
+    try:
+        pipe = bundled.load(MODEL, device=_device(device))
+    finally:
+        logging.enable_progress_bar()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _characters(pipe: Any) -> str:
+    from .bundled.pipeline import CHARACTERS
+
+    return CHARACTERS[: pipe.null_label]
+
+
+def _method(name: str) -> Method:
+    from . import methods
+
+    known = methods()
+    if name not in known:
+        raise ValueError(f"unknown method {name!r}; known: {', '.join(known)}")
+    return known[name]
+
+
+def _methods_that_run() -> Iterator[str]:
+    """Methods that need neither calibration nor training."""
+    from . import methods
+
+    return (name for name, method in methods().items() if method.needs == "nothing")
+
+
+def _parse(method: str | None, texts: list[str] | None) -> dict[str, Any]:
+    """`name=value` texts as parameters: Python literals, or else text.
+
+    Raises:
+        ValueError: not of that form, or the method does not take it.
+    """
+    params: dict[str, Any] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"a parameter is NAME=VALUE, not {text!r}")
+        try:
+            params[name] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+        except (ValueError, SyntaxError):
+            params[name] = value
+    if params and method is None:
+        raise ValueError("--param needs --method")
+    if method is not None and (params or not Path(method).is_dir()):
+        _method(method)(**params)
+    return params
+
+
+def _method_dict(method: Method) -> dict[str, Any]:
+    names = ("name", "title", "arxiv", "needs", "summary", "settings", "bibtex")
+    parameters = {
+        p.name: {"type": p.type, "default": p.default, "valid": p.valid, "help": p.help} for p in method.parameters.values()
+    }
+    return {name: getattr(method, name) for name in names} | {"parameters": parameters}
+
+
+def _new_table(*columns: str, right: int = 99) -> Table:
+    """A plain table; columns from number `right` on are right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number >= right else "left", no_wrap=number == 0)
+    return table
+
+
+def _table(comparison: Comparison, fidelity: bool = True) -> Table:
+    """All rows of a comparison; without fidelity only what concerns speed."""
+    from .evaluate.page import number, size
+
+    columns = ["row", "compute", "ideal", "measured", "least-largest", "effic."]
+    judged = fidelity and comparison.reference.accuracy is not None
+    columns += ["PSNR dB", "SSIM"] * fidelity + ["Fréchet", "read"] * judged + ["cache"]
+    table = _new_table(*columns, right=1)
+    previous = ""
+    for r in comparison.results:
+        if previous and r.method != previous:
+            table.add_section()
+        previous = r.method
+        cells = [r.label, f"{r.compute_fraction:.1%}", f"{r.ideal_speedup:.2f}x", f"[bold]{r.speedup:.2f}x[/bold]"]
+        cells += [f"{r.speedup_low:.2f}-{r.speedup_high:.2f}", number(r.efficiency)]
+        cells += [number(r.psnr, 1), number(r.ssim, 4)] * fidelity
+        cells += [number(r.frechet), "–" if r.accuracy is None else f"{r.accuracy:.0%}"] * judged
+        table.add_row(*cells, size(r.bytes_peak))
+    return table
+
+
+def _show(comparison: Comparison, note: str = "") -> None:
+    """Prints a comparison: its headline, its table, and where it was measured."""
+    from .evaluate.findings import headline
+
+    made = comparison.provenance
+    _print(_table(comparison))
+    _print(f"[bold]{headline(comparison)}[/bold]")
+    typer.echo(
+        f"{len(comparison.labels)} pictures, {made['steps']} steps, guidance {made['guidance_scale']}; {made['machine']}, "
+        f"{made['threads']} threads, load {made['load']}" + (f"; {note}" if note else "")
+    )
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    # a table that is piped into a file keeps its columns
+    console.print(what, width=None if console.is_terminal else max(console.width, 120))
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Progress]:
+    """A progress bar on stderr, moved by calls (done, total, what is running)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns: tuple[Any, ...] = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    columns += (TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total, what: bars.update(task, completed=done, total=total, description=what)
+
+
+if __name__ == "__main__":
+    main()

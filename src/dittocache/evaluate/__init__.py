@@ -1,0 +1,18 @@
+"""Paired evaluation: the same pictures drawn with and without caching, how much faster, how close, on one page."""
+
+from .compare import Comparison, Result, Row, compare, standard_rows
+from .metrics import accuracy, frechet_distance, psnr, ssim
+from .page import write_page
+
+__all__ = [
+    "Comparison",
+    "Result",
+    "Row",
+    "accuracy",
+    "compare",
+    "frechet_distance",
+    "psnr",
+    "ssim",
+    "standard_rows",
+    "write_page",
+]

@@ -1,0 +1,105 @@
+"""Does this installation work? Every answer is found by trying."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .compare import machine, versions
+
+EXTRAS = {"torchmetrics": "SSIM", "matplotlib": "pictures of plans"}
+
+
+class Check(NamedTuple):
+    """One question: whether the answer is good, and what was found."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def examine(device: str) -> list[Check]:
+    """All checks, in order."""
+    parts = ", ".join(f"{name} {version}" for name, version in versions().items())
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    lacking = "; ".join(f"{name} is missing ({EXTRAS[name]}): pip install 'dittocache[eval]'" for name in missing)
+    checks = [
+        Check("versions", True, parts),
+        Check("device", True, f"{device}: {machine(torch.device(device))}, {torch.get_num_threads()} threads"),
+        Check("extras for evaluation", not missing, lacking or "all there"),
+    ]
+    for name, attempt in (
+        ("bundled model", lambda: _bundled(device)),
+        ("a cache skips", lambda: _skips(device)),
+        ("and comes off", lambda: _comes_off(device)),
+    ):
+        checks.append(_try(name, attempt))
+    return checks
+
+
+def _try(name: str, attempt: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, attempt())
+    except Exception as error:  # whatever is wrong is the finding
+        return Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _draw(pipe: object, labels: str, steps: int) -> torch.Tensor:
+    """Pictures [n, c, h, w] in [0, 1]."""
+    generators = [torch.Generator().manual_seed(j) for j in range(len(labels))]
+    options = {"num_inference_steps": steps, "guidance_scale": 1.5, "generator": generators, "output_type": "pt"}
+    return pipe(class_labels=labels, **options).images.cpu()  # type: ignore[operator]
+
+
+def _bundled(device: str) -> str:
+    from .. import bundled
+    from ..bundled.judge import load_judge
+
+    pipe = _pipe(device)
+    count = sum(p.numel() for p in pipe.transformer.parameters())
+    if not all(p.isfinite().all() for p in pipe.transformer.parameters()):
+        raise ValueError("the weights are not all finite")
+    labels = "DITTOCACHE"
+    read = load_judge(bundled.names()[0])(_draw(pipe, labels, 10)).argmax(1).tolist()
+    right = sum(a == b for a, b in zip(read, pipe.get_label_ids(labels), strict=True))
+    if right < 8:
+        raise ValueError(f"the judge reads {right} of {len(labels)} drawn characters")
+    return f"loads; {count / 1e6:.1f} M parameters; the judge reads {right} of {len(labels)} characters drawn in 10 steps"
+
+
+def _skips(device: str) -> str:
+    from .. import enable
+
+    pipe = _pipe(device)
+    with enable(pipe, "fora", interval=3) as cache:
+        _draw(pipe, "A", 3)
+        shares = cache.trace.table.mean(1).tolist()
+        fraction = cache.report().compute_fraction
+    if shares != [1.0, 0.0, 1.0] or not fraction < 1:
+        raise ValueError(f"FORA over 3 steps computed {shares} of the sites, {fraction:.0%} of the compute")
+    return f"FORA over 3 steps: the second is reused, {fraction:.0%} of the compute is done"
+
+
+def _comes_off(device: str) -> str:
+    from .. import enable
+
+    pipe = _pipe(device)
+    before = _draw(pipe, "A", 3)
+    with enable(pipe, "fora", interval=3):
+        cached = _draw(pipe, "A", 3)
+    if torch.equal(cached, before):
+        raise ValueError("pictures do not change while a cache is on")
+    if not torch.equal(_draw(pipe, "A", 3), before):
+        raise ValueError("pictures differ after the cache was taken off")
+    return "pictures are the same, bit for bit, after it was taken off"
+
+
+def _pipe(device: str):  # type: ignore[no-untyped-def]
+    from .. import bundled
+
+    pipe = bundled.load("glyphs", device=device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

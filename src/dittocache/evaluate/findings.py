@@ -1,0 +1,67 @@
+"""What a comparison says in one sentence: caching against the plain alternative, fewer steps in the same time."""
+
+from __future__ import annotations
+
+import math
+
+from .compare import FEWER_STEPS, UNCACHED, Comparison, Result
+
+
+def caching_rows(comparison: Comparison) -> list[Result]:
+    """The rows that are a caching method."""
+    return [r for r in comparison.results if r.method not in (UNCACHED, FEWER_STEPS)]
+
+
+def fewer_steps_psnr(comparison: Comparison, speedup: float) -> float | None:
+    """PSNR in dB that fewer steps reach at a measured speed-up: linear in log(speed-up) between the measured rows.
+
+    None outside the measured range: nothing is extrapolated.
+    """
+    line = sorted(
+        (math.log(r.speedup), r.psnr)
+        for r in comparison.results
+        if r.method == FEWER_STEPS and r.psnr is not None and math.isfinite(r.psnr)
+    )
+    x = math.log(speedup)
+    for (x0, y0), (x1, y1) in zip(line, line[1:], strict=False):
+        if x0 <= x <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return None
+
+
+def gain(comparison: Comparison, result: Result, speedup: float | None = None) -> float | None:
+    """Decibels by which a row is closer to the reference than fewer steps in the same time; None if not comparable."""
+    there = fewer_steps_psnr(comparison, speedup or result.speedup)
+    return None if there is None or result.psnr is None else result.psnr - there
+
+
+def best(comparison: Comparison) -> tuple[Result, float] | None:
+    """The caching row with the largest gain over fewer steps, and the gain in dB."""
+    found = [(r, g) for r in caching_rows(comparison) if (g := gain(comparison, r)) is not None]
+    return max(found, key=lambda pair: pair[1], default=None)
+
+
+def headline(comparison: Comparison) -> str:
+    """The best finding in one sentence, whichever way it went.
+
+    A gain counts only if it survives the slowest chunk: the row at its lowest measured speed-up.
+    """
+    count, found = len(comparison.labels), best(comparison)
+    if found is None:
+        return f"No caching row of these {count} pictures ran at a speed that fewer steps were measured at."
+    row, decibels = found
+    sure = gain(comparison, row, row.speedup_low)
+    if decibels > 0 and (sure is None or sure > 0):
+        return (
+            f"{row.label} draws {count} pictures {row.speedup:.1f}× faster, and {decibels:.1f} dB closer to the originals "
+            "than fewer steps in the same time."
+        )
+    if decibels > 0:
+        return (
+            f"Caching and fewer steps come out even here: {row.label}, the best caching row at {row.speedup:.1f}×, is "
+            f"{decibels:.1f} dB ahead, less than the clock can tell."
+        )
+    return (
+        f"Taking fewer steps wins here: {row.label}, the best caching row at {row.speedup:.1f}×, is {-decibels:.1f} dB "
+        "further from the originals in the same time."
+    )
