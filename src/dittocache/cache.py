@@ -69,8 +69,9 @@ class Cache:
         self.enabled = False
         self._target = weakref.ref(target)
         self._transformer = weakref.ref(transformer)
-        self._scheduler = scheduler
-        self._watched: list[Any] = []
+        # weak, like the others: a cache that was never disabled must not keep a model's weights alive
+        self._scheduler = None if scheduler is None else weakref.ref(scheduler)
+        self._watched: list[weakref.ref[Any]] = []
         self._last: Run | None = None
         self._told = False
         self.description: Description
@@ -84,9 +85,9 @@ class Cache:
         self.description = self._attachment.description
         if target is not transformer:
             clock.watch_call(target, self)
-            self._watched.append(target)
-        if self._scheduler is not None:
-            self._watch(self._scheduler)
+            self._watched.append(weakref.ref(target))
+        if self.scheduler is not None:
+            self._watch(self.scheduler)
         self.enabled = True
         _caches.setdefault(target, []).append(self)
 
@@ -98,9 +99,7 @@ class Cache:
         for run in active_runs():
             if run.owner is self:
                 run.close()
-        for watched in self._watched:
-            clock.unwatch(watched, self)
-        self._watched.clear()
+        self._unwatch(self._watched)
         transformer, target = self._transformer(), self._target()
         if transformer is not None:
             hooks.detach(transformer, self)
@@ -114,18 +113,27 @@ class Cache:
         self.disable()
 
     # ---- the clock's listener ---------------------------------------------------------------------------------------
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler that `enable` was given or found on the pipeline; None without one."""
+        return None if self._scheduler is None else self._scheduler()
+
     def _watch(self, scheduler: Any) -> None:
         clock.watch_scheduler(scheduler, self)
-        self._watched.append(scheduler)
+        self._watched.append(weakref.ref(scheduler))
+
+    def _unwatch(self, references: list[weakref.ref[Any]]) -> None:
+        for reference in list(references):
+            if reference() is not None:
+                clock.unwatch(reference(), self)
+            self._watched.remove(reference)
 
     @contextlib.contextmanager
     def calling(self, pipeline: Any) -> Iterator[None]:
         """Surrounds a call of the pipeline: its present scheduler is watched, and the run ends with the call."""
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is not None and self not in clock.listeners(scheduler):
-            for old in [w for w in self._watched if w is not pipeline]:
-                clock.unwatch(old, self)
-                self._watched.remove(old)
+            self._unwatch([watched for watched in self._watched if watched() is not pipeline])
             self._watch(scheduler)
         before = active_runs()
         try:
@@ -338,9 +346,9 @@ def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) ->
     wanted(chosen, description)
     replaced = list(_caches.get(target, []))
     if target is transformer and scheduler is not None:
-        replaced = [old for old in replaced if old._scheduler in (None, scheduler)]
+        replaced = [old for old in replaced if old.scheduler in (None, scheduler)]
     replaced += [
-        old for old in hooks.caches_on(transformer) if old._scheduler is scheduler is not None and old not in replaced
+        old for old in hooks.caches_on(transformer) if old.scheduler is scheduler is not None and old not in replaced
     ]
     for old in replaced:
         old.disable()

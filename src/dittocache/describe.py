@@ -123,7 +123,8 @@ def describe(module: nn.Module) -> Description:
     """Finds the sites of a transformer.
 
     Args:
-        module: a diffusers transformer, or any module with lists of blocks that hold attention or feed-forward parts.
+        module: a diffusers transformer, a pipeline with one, or any module with lists of blocks that hold attention or
+            feed-forward parts.
 
     Returns:
         A `Description`; printing it shows a table.
@@ -132,6 +133,7 @@ def describe(module: nn.Module) -> Description:
         TypeError: not a module.
         ValueError: no repeated blocks with attention or feed-forward parts were found.
     """
+    module = getattr(module, "transformer", module) if not isinstance(module, nn.Module) else module
     if not isinstance(module, nn.Module):
         raise TypeError(f"describe needs a torch module; got {type(module).__name__}")
     description = Description(type(module).__name__)

@@ -22,7 +22,6 @@ from .describe import Block, Description, SiteModule, describe
 from .fill import Entry
 from .plan import COMPUTE, OPEN, PARTIAL, REUSE
 from .run import Run, active_runs
-from .which.ratios import token_count
 
 HOOK = "dittocache"
 _forward: ContextVar[Forward | None] = ContextVar("dittocache_forward", default=None)
@@ -51,6 +50,7 @@ class Forward:
         self.signature: tuple[Any, ...] = ()
         self.block_inputs: tuple[Any, ...] = ()
         self.skipped: dict[int, bool] = {}
+        self.turns: dict[int, int] = {}  # calls of a site in this forward; some blocks call a feed-forward twice
         self.seen: dict[str, Tensor] = {}
         self.raw: Tensor | None = None
         self.kept = False
@@ -78,7 +78,7 @@ class Forward:
         for j, value, before in self.first_values:
             if not torch.equal(value, before):  # the model changes this output in place: keep a copy from now on
                 self.attachment.aliased.add(j)
-                self.run.entries.pop((j, self.branch), None)
+                self.run.entries.pop((j, self.branch, 0), None)
         if self.kept:
             self.run.weigh()
 
@@ -91,7 +91,7 @@ class Forward:
         self.signature = _signature(args, kwargs)
         if block.first:
             self.skipped[block.stack] = self._skips(block, args, kwargs)
-        if self.skipped[block.stack]:
+        if self.skipped.get(block.stack):
             return self._pass_by(block, original, args, kwargs)
         row = self.row
         for j in block.sites:
@@ -145,9 +145,12 @@ class Forward:
         code = self.row[j]
         if code is None:
             return self._measured(j, original, args, kwargs)
+        self.turns[j] = self.turns.get(j, -1) + 1
         entry = self._entry(j)
         if code == OPEN:
             code = self._decide(j, entry, args, kwargs)
+        if self.turns[j] and code != COMPUTE and not self._ready(j):
+            code = COMPUTE
         if code == COMPUTE:
             output = self._measured(j, original, args, kwargs)
             self._keep(j, output)
@@ -168,7 +171,7 @@ class Forward:
         site = self.attachment.description.sites[j]
         code = self.recipe.when.decide(self.step, site, args or (kwargs["hidden_states"],), entry.memory)
         if code != COMPUTE and not self._ready(j):
-            code = COMPUTE
+            code = COMPUTE  # the first step, or other inputs than what is kept belongs to
         if code == PARTIAL and (self.recipe.which is None or not site.tokenwise):
             code = REUSE
         self.row[j] = code
@@ -178,7 +181,7 @@ class Forward:
         """Computes some tokens of a token-wise module and writes them into the kept output."""
         which, run, site = self.recipe.which, self.run, self.attachment.description.sites[j]
         tokens = x.shape[1]
-        count = token_count(code, tokens) if code > 0 else which.count(site, self.step, run.num_steps, tokens)
+        count = round(code * tokens) if code > 0 else which.count(site, self.step, run.num_steps, tokens)
         (held,) = self._filled(j)
         if entry.ages is None:
             entry.ages = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
@@ -210,7 +213,7 @@ class Forward:
 
     # ---- entries ----------------------------------------------------------------------------------------------------
     def _entry(self, j: int) -> Entry:
-        return self.run.entry(j, self.branch)
+        return self.run.entry(j, self.branch, self.turns.get(j, 0))
 
     def _ready(self, j: int) -> bool:
         entry = self._entry(j)

@@ -138,13 +138,13 @@ class Plan:
 
     # ---- files ------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values; tables are rounded to 6 decimals."""
+        """Everything as JSON values."""
         return {
             "format": FORMAT,
             "steps": list(self.steps),
             "sites": list(self.sites),
             "kinds": list(self.kinds),
-            "table": np.round(self.table, 6).tolist(),
+            "table": self.table.tolist(),
             "flops": None if self.flops is None else list(self.flops),
             "flops_rest": self.flops_rest,
             "fills": None if self.fills is None else list(self.fills),

@@ -12,6 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
 from . import __version__
 from .fill import Fill, Hold
 from .fix import Fix
@@ -21,7 +27,7 @@ from .when import Table, When
 from .which import Which
 
 FORMAT = "dittocache-recipe-1"
-FILE = "recipe.json"
+FILE, ARRAYS = "recipe.json", "recipe.safetensors"
 WHERE = ("module", "attention", "feed-forward")
 
 
@@ -50,7 +56,7 @@ class Recipe:
     fix: Fix | None = None
     method: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("where", self.where, WHERE)
@@ -83,7 +89,7 @@ class Recipe:
             "params": {k: list(v) if isinstance(v, tuple) else v for k, v in self.params.items()},
             "where": self.where,
             **{n: None if getattr(self, n) is None else getattr(self, n).to_dict() for n in ("when", "which", "fill", "fix")},
-            "provenance": {"dittocache": __version__, **self.provenance},
+            "provenance": dict(self.provenance),
         }
 
     @classmethod
@@ -117,7 +123,12 @@ class Recipe:
         """Writes the recipe into a folder (created if missing), and uploads it if asked to."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        arrays: dict[str, Any] = {}
+        data = _set_aside(self.to_dict(), "", arrays)
+        data["provenance"] = {**_versions(), **data["provenance"]}
+        if arrays:
+            save_file(arrays, folder / ARRAYS)
+        (folder / FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         if push_to_hub:
             from huggingface_hub import HfApi
 
@@ -138,22 +149,49 @@ class Recipe:
         Raises:
             ValueError: nothing there, or a damaged or foreign file.
         """
-        path = Path(name) / FILE
-        if not path.is_file():
-            if Path(name).exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        folder = Path(name)
+        if not (folder / FILE).is_file():
+            if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
                 raise ValueError(f"no saved recipe at {str(name)!r}: {FILE} is missing")
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
             try:
-                path = Path(hf_hub_download(str(name), FILE, **kwargs))
+                folder = Path(snapshot_download(str(name), allow_patterns=[FILE, ARRAYS], **kwargs))
             except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-                raise ValueError(f"no saved recipe at {str(name)!r}, neither a folder nor on the Hub: {error}") from None
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"no saved recipe at {str(name)!r}, neither a folder nor on the Hub: {reason}") from None
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"damaged recipe {str(path)!r}: not JSON ({error})") from None
+            data = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            arrays = load_file(folder / ARRAYS) if (folder / ARRAYS).is_file() else {}
+            data = _put_back(data, arrays)
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, OSError) as error:
+            raise ValueError(f"damaged recipe in {str(name)!r}: {error}") from None
         return cls.from_dict(data)
+
+
+def _versions() -> dict[str, str]:
+    """What a saved recipe was made with."""
+    return {"dittocache": __version__, "diffusers": diffusers.__version__, "torch": str(torch.__version__)}
+
+
+def _set_aside(value: Any, path: str, arrays: dict[str, Any]) -> Any:
+    """Moves tables of numbers out of JSON data into `arrays`, under their dotted path."""
+    if isinstance(value, dict):
+        return {k: _set_aside(v, f"{path}.{k}" if path else k, arrays) for k, v in value.items()}
+    if isinstance(value, list) and value and all(isinstance(row, list) and row for row in value):
+        arrays[path] = np.array(value, dtype=np.float64)
+        return {"array": path}
+    return value
+
+
+def _put_back(value: Any, arrays: Mapping[str, Any]) -> Any:
+    """Inverse of `_set_aside`."""
+    if isinstance(value, dict):
+        if set(value) == {"array"}:
+            return arrays[value["array"]].tolist()
+        return {k: _put_back(v, arrays) for k, v in value.items()}
+    return value
 
 
 # ---- the registry of methods ------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Run:
         self.branches = 0
         self.halves = 1
         self.ended = False
-        self.entries: dict[tuple[int, int], Entry] = {}
+        self.entries: dict[tuple[int, int, int], Entry] = {}
         self.shares = np.zeros((num_steps, len(self.sites)))
         self.calls = np.zeros((num_steps, len(self.sites)), dtype=np.int64)
         self.generator = torch.Generator().manual_seed(getattr(self.recipe.which, "seed", 0))
@@ -116,8 +116,9 @@ class Run:
         return self.codes[k]
 
     # ---- records ----------------------------------------------------------------------------------------------------
-    def entry(self, site: int, branch: int) -> Entry:
-        key = (site, branch)
+    def entry(self, site: int, branch: int, call: int = 0) -> Entry:
+        """What is remembered of a site, apart for every guidance branch and for every call within one forward."""
+        key = (site, branch, call)
         if key not in self.entries:
             self.entries[key] = Entry()
         return self.entries[key]
