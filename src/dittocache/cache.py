@@ -1,4 +1,4 @@
-"""`enable` puts a recipe on a pipeline or a transformer; the `Cache` it returns takes it off and tells what happened."""
+"""`enable` puts a recipe on a pipeline or a transformer; the `Cache` it returns takes it off, and tells what it did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from . import clock, hooks
-from .describe import Description
+from .describe import Description, describe
 from .plan import COMPUTE, REUSE, Plan, align
 from .recipe import Recipe, resolve
 from .run import Run, active_runs
@@ -62,7 +62,7 @@ class Report:
 
 
 class Cache:
-    """A recipe at work on a pipeline or a transformer. Made by `enable`; leaving it as a context manager disables it."""
+    """A recipe at work on a pipeline or a transformer. Made by `enable`; as a context manager it disables itself."""
 
     def __init__(self, target: Any, transformer: nn.Module, recipe: Recipe, scheduler: Any) -> None:
         self.recipe = recipe
@@ -215,8 +215,8 @@ class Cache:
         """A forward outside of any run: an error where nothing could ever begin one, else said once."""
         if not self._watched:
             raise RuntimeError(
-                "the cache does not know where the sampling run stands: pass scheduler=... to dittocache.enable, or wrap "
-                "the loop in `with cache.run(num_steps):` and call `cache.step(i)` before the forward of step i"
+                "the cache does not know where the sampling run stands: pass scheduler=... to dittocache.enable, or "
+                "wrap the loop in `with cache.run(num_steps):` and call `cache.step(i)` before the forward of step i"
             )
         if not self._told:
             self._told = True
@@ -307,7 +307,9 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
                             "use value-norm, similarity, norm or random"
                         )
             if not attentions:
-                raise ValueError(f"selector {recipe.which.name!r} needs attention modules; {description.model} has none")
+                raise ValueError(
+                    f"selector {recipe.which.name!r} needs attention modules; {description.model} has none"
+                )
     return used
 
 
@@ -342,7 +344,7 @@ def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) ->
         raise RuntimeError(f"a diffusers cache is already on ({foreign}); call transformer.disable_cache() first")
     if any(p.is_meta for p in transformer.parameters()):
         raise ValueError(f"{type(transformer).__name__} has parameters on the meta device: load its weights first")
-    description = hooks.describe(transformer)
+    description = describe(transformer)
     wanted(chosen, description)
     replaced = list(_caches.get(target, []))
     if target is transformer and scheduler is not None:

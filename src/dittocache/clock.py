@@ -1,7 +1,7 @@
 """Where a sampling run stands: which step, of how many.
 
-Pipelines do not tell a cache where they are, but every one of them calls `scheduler.set_timesteps` once before a run and
-`scheduler.step` once after every step. Observing these two on the scheduler itself works with any pipeline and any loop.
+Pipelines do not tell a cache where they are, but every one of them calls `scheduler.set_timesteps` once before a run
+and `scheduler.step` once after every step. Observing these two on the scheduler works with any pipeline and any loop.
 """
 
 from __future__ import annotations
@@ -68,13 +68,14 @@ def _watch(target: Any, listener: Any, methods: dict[str, Callable[[Any], Any]])
             namespace: dict[str, Any] = {name: methods[name](getattr(cls, name)) for name in key[1]}
             namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
             namespace["__reduce_ex__"] = _reduce
-            _observed[key] = type(cls)(cls.__name__, (cls,), namespace)
+            metaclass: Any = type(cls)
+            _observed[key] = metaclass(cls.__name__, (cls,), namespace)
         object.__setattr__(target, "__class__", _observed[key])
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the plain class: they are not watched."""
-    plain = type(self).__mro__[1]
+    plain: Any = type(self).__mro__[1]
     function, args, *rest = plain.__reduce_ex__(self, protocol)
     return function, tuple(plain if a is type(self) else a for a in args), *rest
 

@@ -36,7 +36,7 @@ class Family:
     fused: str | None = None
     mutes: tuple[str, ...] = ()
     reuse_block: ReuseBlock | None = None
-    ff_input: Callable[[nn.Module], str] | None = None
+    ff_input: Callable[[Any], str] | None = None
 
 
 FAMILIES: dict[str, Family] = {}

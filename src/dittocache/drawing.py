@@ -43,7 +43,9 @@ def draw_plan(plan: Plan, path: str | Path, title: str | None = None) -> None:
         ax.invert_yaxis()
         ticks = range(0, len(rows), max(1, -(-len(rows) // 7)))
         ax.set_yticks(list(ticks), [str(t) for t in ticks] if len(rows) > 1 else [""], fontsize=7)
-        ax.set_ylabel(kind.replace("-", "-\n") if len(rows) < 6 else kind, fontsize=8, rotation=0, ha="right", va="center")
+        ax.set_ylabel(
+            kind.replace("-", "-\n") if len(rows) < 6 else kind, fontsize=8, rotation=0, ha="right", va="center"
+        )
         ax.tick_params(length=0)
         for side in ax.spines.values():
             side.set_visible(False)

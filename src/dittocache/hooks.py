@@ -1,8 +1,8 @@
 """The only file that touches module forwards.
 
-Every block and every site of a transformer gets a hook of diffusers' registry; a forward of the transformer looks up the
-run it belongs to, and each hook asks that run's row: compute and keep, fill, or gather, compute and scatter. The model's
-own code is never copied, and without a run the hooks hand everything through.
+Every block and every site of a transformer gets a hook of diffusers' registry; a forward of the transformer looks up
+the run it belongs to, and each hook asks that run's row: compute and keep, fill, or gather, compute and scatter. The
+model's own code is never copied, and without a run the hooks hand everything through.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class Forward:
         if self.counter is not None:
             self.costs[j] += self.flops() - before
         if self.seen:
-            module = self.attachment.entry(j).module
+            module: Any = self.attachment.entry(j).module
             heads = {name: _split_heads(value, module.heads) for name, value in self.seen.items()}
             scale = float(getattr(module, "scale", heads[next(iter(heads))].shape[-1] ** -0.5))
             self._entry(j).observed = self.recipe.which.observe(heads, scale)
@@ -315,7 +315,7 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
         for module, fresh in self.hooked:
-            registry = module._diffusers_hook
+            registry: Any = module._diffusers_hook
             registry.remove_hook(HOOK, recurse=False)
             if fresh and not registry.hooks:
                 del module._diffusers_hook
@@ -331,12 +331,13 @@ class Attachment:
 
     def _forget_registries(self) -> None:
         """diffusers remembers which children carry hooks; that list has just changed."""
-        for module in self.transformer().modules() if self.transformer() is not None else ():
+        transformer = self.transformer()
+        for module in transformer.modules() if transformer is not None else ():
             registry = getattr(module, "_diffusers_hook", None)
             if registry is not None and hasattr(registry, "_child_registries_cache"):
                 registry._child_registries_cache = None
 
-    # ---- the transformer's own forward --------------------------------------------------------------------------------
+    # ---- the transformer's own forward ------------------------------------------------------------------------------
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         runs = [run for run in active_runs() if run.owner in self.caches and not run.ended]
         if runs and runs[-1].step_index is not None:

@@ -65,7 +65,9 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
         raise ValueError(f"{name} must be a whole number, {limit}; got {value!r}")
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_ends: bool = False) -> None:
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_ends: bool = False
+) -> None:
     """Raises a ValueError that names the value unless it is a finite number in [low, high] (or in between)."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     inside = number and math.isfinite(value) and (low < value < high if open_ends else low <= value <= high)

@@ -84,7 +84,9 @@ class Plan:
         kinds = tuple(self.kinds) or ("",) * len(sites)
         for what, size in (("steps", len(steps)), ("sites", len(sites))):
             if size != table.shape[what == "sites"]:
-                raise ValueError(f"the plan's table is {table.shape[0]} x {table.shape[1]}, but there are {size} {what}")
+                raise ValueError(
+                    f"the plan's table is {table.shape[0]} x {table.shape[1]}, but there are {size} {what}"
+                )
         if len(set(sites)) != len(sites):
             raise ValueError("a plan names every site once")
         if len(kinds) != len(sites) or (self.flops is not None and len(self.flops) != len(sites)):

@@ -60,10 +60,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choice("where", self.where, WHERE)
-        for name, kind, optional in (("when", When, False), ("which", Which, True), ("fill", Fill, False), ("fix", Fix, True)):
+        for name, kind, optional in (
+            ("when", When, False),
+            ("which", Which, True),
+            ("fill", Fill, False),
+            ("fix", Fix, True),
+        ):
             value = getattr(self, name)
             if not isinstance(value, kind) and not (optional and value is None):
-                known = sorted(n for n, c in Part.registry.items() if issubclass(c, kind) and dataclasses.is_dataclass(c))
+                known = sorted(
+                    n for n, c in Part.registry.items() if issubclass(c, kind) and dataclasses.is_dataclass(c)
+                )
                 raise ValueError(f"{name} must be one of {', '.join(known) or 'none yet'}; got {value!r:.80}")
         if isinstance(self.when, Table):
             partial = (self.when.plan.table > REUSE) & (self.when.plan.table < COMPUTE)
@@ -88,7 +95,10 @@ class Recipe:
             "method": self.method,
             "params": {k: list(v) if isinstance(v, tuple) else v for k, v in self.params.items()},
             "where": self.where,
-            **{n: None if getattr(self, n) is None else getattr(self, n).to_dict() for n in ("when", "which", "fill", "fix")},
+            **{
+                n: None if getattr(self, n) is None else getattr(self, n).to_dict()
+                for n in ("when", "which", "fill", "fix")
+            },
             "provenance": dict(self.provenance),
         }
 
@@ -104,7 +114,7 @@ class Recipe:
             raise ValueError(f"not a recipe: format is {found!r}, expected {FORMAT!r}")
         if "when" not in data:
             raise ValueError("damaged recipe: 'when' is missing")
-        parts = {}
+        parts: dict[str, Any] = {}
         for name, kind in (("when", When), ("which", Which), ("fill", Fill), ("fix", Fix)):
             if data.get(name) is not None:
                 parts[name] = kind.from_dict(data[name])
@@ -119,7 +129,9 @@ class Recipe:
             **parts,
         )
 
-    def save_pretrained(self, folder: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, folder: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
         """Writes the recipe into a folder (created if missing), and uploads it if asked to."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +172,9 @@ class Recipe:
                 folder = Path(snapshot_download(str(name), allow_patterns=[FILE, ARRAYS], **kwargs))
             except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
                 reason = str(error).splitlines()[0]
-                raise ValueError(f"no saved recipe at {str(name)!r}, neither a folder nor on the Hub: {reason}") from None
+                raise ValueError(
+                    f"no saved recipe at {str(name)!r}, neither a folder nor on the Hub: {reason}"
+                ) from None
         try:
             data = json.loads((folder / FILE).read_text(encoding="utf-8"))
             arrays = load_file(folder / ARRAYS) if (folder / ARRAYS).is_file() else {}
@@ -194,7 +208,7 @@ def _put_back(value: Any, arrays: Mapping[str, Any]) -> Any:
     return value
 
 
-# ---- the registry of methods ------------------------------------------------------------------------------------------
+# ---- the registry of methods ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Int:
     """Annotation of a whole-number parameter."""
@@ -252,7 +266,9 @@ class Method:
         """
         for name, value in params.items():
             if name not in self.parameters:
-                raise ValueError(f"{self.name} has no parameter {name!r}; known: {', '.join(self.parameters) or 'none'}")
+                raise ValueError(
+                    f"{self.name} has no parameter {name!r}; known: {', '.join(self.parameters) or 'none'}"
+                )
             self.parameters[name].check(value)
         values = {name: p.default for name, p in self.parameters.items()} | params
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -263,7 +279,13 @@ _methods: dict[str, Method] = {}
 
 
 def method(
-    *, name: str, title: str, arxiv: str, bibtex: str, needs: str = "nothing", settings: dict[str, dict[str, Any]] | None = None
+    *,
+    name: str,
+    title: str,
+    arxiv: str,
+    bibtex: str,
+    needs: str = "nothing",
+    settings: dict[str, dict[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:
     """Registers a function that builds a recipe; its annotated signature becomes the method's parameters."""
 
@@ -351,5 +373,6 @@ def resolve(what: Any, **params: Any) -> Recipe:
         text = str(what)
         if isinstance(what, Path) or Path(text).exists() or "/" in text:
             return Recipe.from_pretrained(what)
-        raise ValueError(f"unknown method {text!r}; known: {', '.join(methods())} (or the folder or Hub id of a saved recipe)")
-    raise TypeError(f"a recipe is a method's name, a Recipe, a Plan or a saved recipe's folder; got {type(what).__name__}")
+        known = ", ".join(methods())
+        raise ValueError(f"unknown method {text!r}; known: {known} (or the folder or Hub id of a saved recipe)")
+    raise TypeError(f"a recipe is a method's name, a Recipe, a Plan or a saved one's folder; got {type(what).__name__}")

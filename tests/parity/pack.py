@@ -56,7 +56,13 @@ class Pack:
             return f"{case['method']} on {network['class']} does not exist yet"
         if self.sampler(case)["kind"] not in sampling.UPDATES:
             return f"sampler {case['sampler']} does not exist yet"
-        if network.get("class") not in (None, "DiT", "DiTTransformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"):
+        if network.get("class") not in (
+            None,
+            "DiT",
+            "DiTTransformer2DModel",
+            "FluxTransformer2DModel",
+            "PixArtTransformer2DModel",
+        ):
             return f"calling {network['class']} does not exist yet"
         return None
 

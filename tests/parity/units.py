@@ -119,7 +119,9 @@ def flux(settings: dict[str, Any], x: Inputs) -> Inputs:
     out = {"full_steps": torch.tensor(np.flatnonzero(full))}
     for name, blocks, tokens in (("double_stream", 19, 4096), ("double_stream", 19, 512), ("single_stream", 38, 4608)):
         factor = settings["module_ratio_factor"][name.split("_")[0]]
-        ratios = [ratio_at("flux", settings["ratio"], factor, 0, settings["num_steps"], n, 27, 1) for n in range(blocks)]
+        ratios = [
+            ratio_at("flux", settings["ratio"], factor, 0, settings["num_steps"], n, 27, 1) for n in range(blocks)
+        ]
         out[f"tokens_{name}_{tokens}"] = torch.tensor([token_count(r, tokens) for r in ratios])
     return out
 

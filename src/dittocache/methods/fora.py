@@ -23,7 +23,7 @@ def fora(
     interval: Annotated[int, Int(1, help="every interval-th step is computed")] = 3,
     anchor: Annotated[
         Literal["end", "start"],
-        "the last step is on the grid of computed steps, as in the authors' code, or the first, as in others' baselines",
+        "the last step is on the grid of computed steps, as in the authors' code, or the first, as in other papers",
     ] = "end",
 ) -> Recipe:
     """Every interval-th step is full; all others reuse attention and feed-forward outputs of every block."""

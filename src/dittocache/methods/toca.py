@@ -9,10 +9,44 @@ from ..recipe import Int, Number, Recipe, method
 from ..when import SoftInterval
 from ..which.tokens import selector as token_selector
 
-RatioSchedule = Literal[
-    "ddim50", "ddpm250", "linear-layerwise", "constant", "linear", "exp", "linear-mode", "layerwise", "pixart", "flux"
+Interval = Annotated[int, Int(1, help="base interval N between full steps")]
+Ratio = Annotated[float, Number(0, 1, help="base share R of the tokens that partial steps compute")]
+RatioSchedule = Annotated[
+    Literal[
+        "ddim50",
+        "ddpm250",
+        "linear-layerwise",
+        "constant",
+        "linear",
+        "exp",
+        "linear-mode",
+        "layerwise",
+        "pixart",
+        "flux",
+    ],
+    "how the share varies over steps and blocks",
 ]
-Selector = Literal["attention", "value-norm", "random", "similarity", "norm", "compress", "straight"]
+Selector = Annotated[
+    Literal["attention", "value-norm", "random", "similarity", "norm", "compress", "straight"],
+    "what makes a token worth computing",
+]
+SoftWeight = Annotated[float, Number(0, help="weight of a token's age in its score (s3); 0 for none")]
+SpatialBonus = Annotated[float | None, Number(0, help="bonus for the best token of every cell (s4); None for none")]
+SpatialGrid = Annotated[int, Int(1, help="side of a cell, in tokens")]
+IntervalWarp = Annotated[float, Number(0, 0.95, help="how much the interval varies: N/(1+w) to N/(1-w)")]
+SensitiveWindow = Annotated[
+    tuple[float, float] | None, "share of the run, counted from its end, in which every second step is full"
+]
+ModuleRatioFactor = Annotated[
+    float | None, Number(-float("inf"), help="factor F of the ratio schedule; None for the authors' value")
+]
+LayerDivisor = Annotated[
+    int | None, Int(1, help="what block indices are divided by; None for depth - 1, 27 is the authors' literal")
+]
+PerBlockKind = Annotated[
+    bool, "decide the kind of step again in every block, as the authors' code does; False: once a step"
+]
+ShareGuidanceIndices = Annotated[bool, "one selection for both halves of batched guidance"]
 
 
 @method(
@@ -31,27 +65,19 @@ Selector = Literal["attention", "value-norm", "random", "similarity", "norm", "c
     },
 )
 def toca(
-    interval: Annotated[int, Int(1, help="base interval N between full steps")] = 3,
-    ratio: Annotated[float, Number(0, 1, help="base share R of the tokens that partial steps compute")] = 0.07,
-    ratio_schedule: Annotated[RatioSchedule, "how the share varies over steps and blocks"] = "ddim50",
-    selector: Annotated[Selector, "what makes a token worth computing"] = "attention",
-    soft_weight: Annotated[float, Number(0, help="weight of a token's age in its score (s3); 0 for none")] = 0.25,
-    spatial_bonus: Annotated[float | None, Number(0, help="bonus for the best token of every cell (s4)")] = 0.6,
-    spatial_grid: Annotated[int, Int(1, help="side of a cell, in tokens")] = 2,
-    interval_warp: Annotated[float, Number(0, 0.95, help="how much the interval varies: N/(1+w) to N/(1-w)")] = 0.4,
-    sensitive_window: Annotated[
-        tuple[float, float] | None, "share of the run, counted from its end, in which every second step is full"
-    ] = (0.2, 0.4),
-    module_ratio_factor: Annotated[
-        float | None, Number(-float("inf"), help="factor F of the ratio schedule; None for the authors' value")
-    ] = None,
-    layer_divisor: Annotated[
-        int | None, Int(1, help="the number block indices are divided by; None for depth - 1, 27 is the authors' literal")
-    ] = None,
-    per_block_kind: Annotated[
-        bool, "decide full or partial again in every block, as the authors' code does; False: once a step"
-    ] = True,
-    share_guidance_indices: Annotated[bool, "one selection for both halves of batched guidance"] = False,
+    interval: Interval = 3,
+    ratio: Ratio = 0.07,
+    ratio_schedule: RatioSchedule = "ddim50",
+    selector: Selector = "attention",
+    soft_weight: SoftWeight = 0.25,
+    spatial_bonus: SpatialBonus = 0.6,
+    spatial_grid: SpatialGrid = 2,
+    interval_warp: IntervalWarp = 0.4,
+    sensitive_window: SensitiveWindow = (0.2, 0.4),
+    module_ratio_factor: ModuleRatioFactor = None,
+    layer_divisor: LayerDivisor = None,
+    per_block_kind: PerBlockKind = True,
+    share_guidance_indices: ShareGuidanceIndices = False,
 ) -> Recipe:
     """Between full steps, attention is reused and the feed-forward computed for the most important tokens only."""
     return token_wise(SoftInterval, locals())

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..describe import Family, register_family
 
 
 def reuse_block(
-    block: nn.Module,
+    block: Any,
     features: dict[str, tuple[Tensor, ...]],
     hidden_states: Tensor,
     attention_mask: Any = None,

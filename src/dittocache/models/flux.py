@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..describe import Family, register_family
 
@@ -13,7 +13,7 @@ Streams = tuple[Tensor, Tensor]
 
 
 def reuse_dual(
-    block: nn.Module,
+    block: Any,
     features: dict[str, tuple[Tensor, ...]],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -37,7 +37,7 @@ def reuse_dual(
 
 
 def reuse_single(
-    block: nn.Module,
+    block: Any,
     features: dict[str, tuple[Tensor, ...]],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -57,9 +57,7 @@ def reuse_single(
     )
 
 
-register_family(
-    Family(blocks=("FluxTransformerBlock",), reuse_block=reuse_dual, ff_input=lambda block: "norm2")
-)
+register_family(Family(blocks=("FluxTransformerBlock",), reuse_block=reuse_dual, ff_input=lambda block: "norm2"))
 register_family(
     Family(
         blocks=("FluxSingleTransformerBlock",),

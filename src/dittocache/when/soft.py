@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -100,10 +100,10 @@ class DualInterval(SoftInterval):
         return CONSERVATIVE if (index % interval) % 2 == 1 else AGGRESSIVE
 
 
-def check_window(name: str, window: object) -> None:
+def check_window(name: str, window: Any) -> None:
     """Raises a ValueError unless `window` is (low, high) with 0 <= low <= high <= 1."""
     try:
-        low, high = window  # type: ignore[misc]
+        low, high = window
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a pair (low, high) of shares of the run, or None; got {window!r}") from None
     for end in (low, high):

@@ -12,7 +12,9 @@ def normalize(score: Tensor) -> Tensor:
     return F.normalize(score, dim=-1)
 
 
-def attention_received(query: Tensor, key: Tensor, scale: float, chunk: int = 1024, mask: Tensor | None = None) -> Tensor:
+def attention_received(
+    query: Tensor, key: Tensor, scale: float, chunk: int = 1024, mask: Tensor | None = None
+) -> Tensor:
     """How much attention every token receives: column sums of the head-averaged softmax map.
 
     Queries are taken in chunks, so that the largest temporary is [batch, heads, chunk, tokens].
@@ -37,7 +39,7 @@ def attention_received(query: Tensor, key: Tensor, scale: float, chunk: int = 10
 
 
 def value_norms(norms: Tensor) -> Tensor:
-    """Raw score [batch, tokens] from value norms [batch, heads, tokens]: sum over heads of 1 - norm (small ones win)."""
+    """Raw score [batch, tokens] from value norms [batch, heads, tokens]: sum over heads of 1 - norm, small ones win."""
     return (1 - norms).sum(1)
 
 

@@ -68,9 +68,7 @@ class Which(Part):
             factor = default_factor(self.ratio_schedule, site.kind)
         divisor = site.depth - 1 if self.layer_divisor is None else self.layer_divisor
         return token_count(
-            ratio_at(
-                self.ratio_schedule, self.ratio, factor, step, num_steps, site.block, divisor, self.interval
-            ),
+            ratio_at(self.ratio_schedule, self.ratio, factor, step, num_steps, site.block, divisor, self.interval),
             tokens,
         )
 
@@ -79,9 +77,7 @@ class Which(Part):
         """Raw score [batch, tokens] from the projections of a full attention, each [batch, heads, tokens, channels]."""
         return None
 
-    def base(
-        self, observed: Tensor | None, x: Tensor, held: Tensor, halves: int, generator: torch.Generator
-    ) -> Tensor:
+    def base(self, observed: Tensor | None, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         """Raw score of every token, before normalisation, age and bonus.
 
         Args:
@@ -97,7 +93,7 @@ class Which(Part):
         raise NotImplementedError
 
     def score(self, base: Tensor, ages: Tensor, grid: tuple[int, int] | None, halves: int) -> Tensor:
-        """Score that ranks the tokens, from raw scores and ages [batch, tokens]; `grid` is (height, width) in tokens."""
+        """Score that ranks the tokens, from raw scores and ages [batch, tokens]; grid is (height, width) in tokens."""
         if self.share_guidance_indices and halves == 2:
             base = base.unflatten(0, (2, -1)).mean(0).repeat(2, 1)
         if self.normalized:
@@ -209,8 +205,7 @@ class Straight(Which):
 
 
 SELECTORS: dict[str, type[Which]] = {
-    cls.name: cls
-    for cls in (AttentionReceived, ValueNorm, RandomTokens, Similarity, TokenNorm, Compress, Straight)
+    cls.name: cls for cls in (AttentionReceived, ValueNorm, RandomTokens, Similarity, TokenNorm, Compress, Straight)
 }
 
 

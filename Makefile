@@ -1,0 +1,60 @@
+# Needs make and Python 3.10 or newer (another one: make test PYTHON=python3.12); everything else goes into .venv.
+# More for the program behind a target: make test ARGS="-k fora", make demo ARGS="--help".
+
+PYTHON ?= python3
+ARGS ?=
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+run := .venv/bin/python
+setup = @$(PYTHON) scripts/setup_venv.py
+
+.PHONY: help demo test test-all check format bundled bench docs venv clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo:  ## draw with and without caching, measure, write one page to look at
+	$(setup) eval
+	@.venv/bin/dittocache demo $(ARGS)
+
+test:  ## the tests that take seconds
+	$(setup) dev eval
+	@$(run) -m pytest -m "not slow" $(ARGS)
+
+test-all:  ## every test
+	$(setup) dev eval
+	@$(run) -m pytest $(ARGS)
+
+check:  ## lint, formatting, types
+	$(setup) dev eval
+	@$(run) -m ruff check .
+	@$(run) -m ruff format --check .
+	@$(run) -m mypy
+
+format:  ## put the code into shape
+	$(setup) dev
+	@$(run) -m ruff check --fix-only --quiet .
+	@$(run) -m ruff format .
+
+bundled:  ## rebuild the bundled model, its data and its statistics from scratch
+	$(setup) build eval
+	@$(run) -m dittocache.bundled.build $(ARGS)
+
+bench:  ## measure speed against the uncached model and against other libraries
+	$(setup) bench
+	@$(run) benchmarks/speed.py $(ARGS)
+
+docs:  ## build the documentation into site/
+	$(setup) docs
+	@$(run) -m mkdocs build --strict $(ARGS)
+
+venv:  ## only set up .venv for development
+	$(setup) dev eval
+
+clean:  ## remove caches and what was built
+	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove .venv
+	@rm -rf .venv
