@@ -1,6 +1,6 @@
 """dittocache: diffusion transformers that sample faster by reusing features between denoising steps."""
 
-# ruff: noqa: E402, F401, I001  (sub-packages register themselves first; the functions then take the public names)
+# ruff: noqa: F401, I001  (sub-packages register themselves first; the functions then take the public names)
 __version__ = "0.1.0"
 
 from . import methods as _methods

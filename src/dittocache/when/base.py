@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from ..parts import Part
 from ..plan import COMPUTE, Site
@@ -23,8 +24,11 @@ class When(Part):
         """Float array [num_steps, len(sites)] of COMPUTE, REUSE, PARTIAL, a share of tokens, or OPEN."""
         raise NotImplementedError
 
-    def decide(self, step: int, site: Site, args: tuple[Any, ...], memory: dict[str, Any]) -> float:
+    def decide(self, step: int, site: Site, args: tuple[Any, ...], memory: dict[str, Any]) -> float | Tensor:
         """Share for an entry that `table` left OPEN, asked when the forward reaches the site.
+
+        A bool tensor [batch] decides for every sample on its own (True = compute), so that a picture does not depend
+        on what else is in the batch; a number decides for the whole batch, and is all that stack sites understand.
 
         Args:
             step: k.

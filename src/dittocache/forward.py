@@ -1,0 +1,305 @@
+"""What a forward does at every block and site: compute and keep, fill, or gather, compute and scatter.
+
+Here are the decisions and the tensors; the hooks that lead here, and the modules, are in `hooks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from .describe import Block
+from .fill import Entry
+from .plan import COMPUTE, OPEN, PARTIAL, REUSE
+from .run import Run
+
+if TYPE_CHECKING:
+    from .hooks import Attachment
+
+
+def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# torch's own table of FLOP formulas lacks the attention kernel of the CPU
+_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}
+
+
+class Forward:
+    """One forward of one transformer within a run: the row it follows, and what it does at blocks and sites."""
+
+    def __init__(self, attachment: Attachment, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.attachment = attachment
+        self.run = run
+        self.recipe = run.recipe
+        self.step = run.step_index or 0
+        self.branch = run.next_branch()
+        self.row = list(run.row())
+        self.signature: tuple[Any, ...] = ()
+        self.block_inputs: tuple[Any, ...] = ()
+        self.skipped: dict[int, bool] = {}
+        self.turns: dict[int, int] = {}  # calls of a site in this forward; some blocks call a feed-forward twice
+        self.seen: dict[str, Tensor] = {}
+        self.raw: Tensor | None = None
+        self.kept = False
+        self.counter: FlopCounterMode | None = None
+        self.first_values: list[tuple[int, Tensor, Tensor]] = []
+        sample = _hidden(args, kwargs)
+        self.grid = attachment.grid(sample)
+        if run.recipe.which is not None and not run.calls.any():
+            run.halves = _guidance_halves(sample)
+        key = None if sample is None else (tuple(sample.shape), sample.dtype)
+        if key is not None and key not in attachment.costs and attachment.measuring.acquire(blocking=False):
+            self.cost_key, self.costs = key, [0.0] * len(attachment.description.sites)
+            self.counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
+            self.counter.__enter__()
+
+    def close(self, failed: bool) -> None:
+        """Ends the forward: stores what was measured, and weighs what is kept."""
+        if self.counter is not None:
+            total = self.counter.get_total_flops()
+            self.counter.__exit__(None, None, None)
+            if not failed and all(code is None or code == COMPUTE for code in self.row):
+                sites = sum(self.costs)
+                self.attachment.costs[self.cost_key] = (self.costs, max(total - sites, 0.0))
+            self.attachment.measuring.release()
+        for j, value, before in self.first_values:
+            if not torch.equal(value, before):  # the model changes this output in place: keep a copy from now on
+                self.attachment.aliased.add(j)
+                self.run.entries.pop((j, self.branch, 0), None)
+        if self.kept:
+            self.run.weigh()
+
+    def flops(self) -> float:
+        return 0.0 if self.counter is None else float(self.counter.get_total_flops())
+
+    # ---- blocks -----------------------------------------------------------------------------------------------------
+    def block(self, block: Block, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A block: passed by when its stack is skipped, gated and added when all its sites are reused, else run."""
+        self.signature = _signature(args, kwargs)
+        if block.first:
+            self.skipped[block.stack] = self._skips(block, args, kwargs)
+        if self.skipped.get(block.stack):
+            return self._pass_by(block, original, args, kwargs)
+        row = self.row
+        for j in block.sites:
+            # what cannot be filled is computed, whatever the row says
+            if row[j] not in (None, COMPUTE, OPEN) and not self._ready(j):
+                row[j] = COMPUTE
+        before = self.flops() - sum(self.costs[j] for j in block.sites) if self.counter else 0.0
+        output: Any = NotImplemented
+        if block.family.reuse_block is not None and all(row[j] == REUSE for j in block.sites):
+            features = {self.attachment.entry(j).path: self._filled(j) for j in block.sites}
+            output = block.family.reuse_block(block.module, features, *args, **kwargs)
+            if output is not NotImplemented:
+                self.run.record(list(block.sites), REUSE)
+        if output is NotImplemented:
+            output = original(*args, **kwargs)
+        if self.counter:
+            self.costs[block.stack] += self.flops() - before - sum(self.costs[j] for j in block.sites)
+        if block.last and row[block.stack] is not None:
+            self._keep(block.stack, output)
+            self.run.record(block.stack, COMPUTE)
+        return output
+
+    def _skips(self, block: Block, args: Any, kwargs: Any) -> bool:
+        """Whether the stack that begins with this block is skipped; if it should be but cannot, all is computed."""
+        if self.row[block.stack] == OPEN:
+            self._decide(block.stack, self._entry(block.stack), args, kwargs)
+        if self.row[block.stack] in (None, COMPUTE):
+            return False
+        if self._ready(block.stack):
+            return True
+        for member in self.attachment.description.blocks:
+            if member.stack == block.stack:
+                for j in (*member.sites, member.stack):
+                    self.row[j] = None if self.row[j] is None else COMPUTE
+        return False
+
+    def _pass_by(self, block: Block, original: Any, args: Any, kwargs: Any) -> Any:
+        """A block of a skipped stack. Its own sites may still ask to be computed, to refresh what they keep."""
+        if any(self.row[j] not in (None, REUSE) for j in block.sites):
+            original(*args, **kwargs)
+        else:
+            self.run.record(list(block.sites), REUSE)
+        if block.last:
+            self.run.record(block.stack, REUSE)
+        # the blocks before the last hand this on as well: it has the right form, and the last one replaces it
+        return _unpack(self._filled(block.stack), self._entry(block.stack))
+
+    # ---- sites ------------------------------------------------------------------------------------------------------
+    def site(self, j: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module whose output can be kept."""
+        code = self.row[j]
+        if code is None:
+            return self._measured(j, original, args, kwargs)
+        self.turns[j] = self.turns.get(j, -1) + 1
+        entry = self._entry(j)
+        if code == OPEN:
+            decided = self._decide(j, entry, args, kwargs)
+            if isinstance(decided, Tensor):
+                return self._rows(j, decided, original, args, kwargs)
+            code = decided
+        if self.turns[j] and code != COMPUTE and not self._ready(j):
+            code = COMPUTE
+        if code == COMPUTE:
+            output = self._measured(j, original, args, kwargs)
+            self._keep(j, output)
+            self.run.record(j, COMPUTE)
+            if entry.ages is not None:
+                entry.ages.zero_()
+            return output
+        if code == REUSE:
+            self.run.record(j, REUSE)
+            return _unpack(self._filled(j), entry)
+        return self._partial(j, entry, code, original, args[0] if args else kwargs["hidden_states"])
+
+    def mute(self, j: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module that only feeds a fused site: hands its input on while that site is reused."""
+        return _hidden(args, kwargs) if self.row[j] == REUSE else self._measured(j, original, args, kwargs)
+
+    def _decide(self, j: int, entry: Entry, args: Any, kwargs: Any) -> float | Tensor:
+        """Asks the recipe's `when`; a tensor [batch] comes back only if its rows differ."""
+        site = self.attachment.description.sites[j]
+        code = self.recipe.when.decide(self.step, site, args or (kwargs["hidden_states"],), entry.memory)
+        if isinstance(code, Tensor):
+            if site.kind != "stack" and self._ready(j) and code.any() and not code.all():
+                return code
+            code = COMPUTE if code.any() else REUSE
+        if code != COMPUTE and not self._ready(j):
+            code = COMPUTE  # the first step, or other inputs than what is kept belongs to
+        if code == PARTIAL and (self.recipe.which is None or not site.tokenwise):
+            code = REUSE
+        self.row[j] = code
+        return code
+
+    def _rows(self, j: int, rows: Tensor, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Computes some samples of the batch and fills the others. rows is a bool tensor [batch]."""
+
+        def pick(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == len(rows) else value
+
+        computed = _pack(original(*map(pick, args), **{name: pick(value) for name, value in kwargs.items()}))
+        values = tuple(filled.clone() for filled in self._filled(j))
+        for value, some in zip(values, computed, strict=True):
+            value[rows] = some
+        output = _unpack(values, self._entry(j))
+        self._keep(j, output)
+        self.run.record(j, float(rows.float().mean()))
+        return output
+
+    def _partial(self, j: int, entry: Entry, code: float, original: Callable[..., Any], x: Tensor) -> Any:
+        """Computes some tokens of a token-wise module and writes them into the kept output."""
+        which, run, site = self.recipe.which, self.run, self.attachment.description.sites[j]
+        tokens = x.shape[1]
+        count = round(code * tokens) if code > 0 else which.count(site, self.step, run.num_steps, tokens)
+        (held,) = self._filled(j)
+        if entry.ages is None:
+            entry.ages = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
+        if count:
+            observed = self._entry(self.attachment.scorer[j]).observed if j in self.attachment.scorer else None
+            inputs = x if self.raw is None else self.raw
+            base = which.base(observed, inputs, held, run.halves, run.generator)
+            chosen = which.choose(which.score(base, entry.ages, self._cells(which), run.halves), count)
+            index = chosen.unsqueeze(-1)
+            computed = original(x.gather(1, index.expand(-1, -1, x.shape[-1])))
+            held = self.recipe.fill.write(entry, index.expand(-1, -1, held.shape[-1]), computed)
+        entry.ages += 1
+        if count:
+            entry.ages.scatter_(1, chosen, 0.0)
+        run.record(j, count / tokens)
+        return held
+
+    def _cells(self, which: Any) -> tuple[int, int] | None:
+        """The token grid, if its cells fit into it."""
+        if not which.spatial_bonus:
+            return None
+        if self.grid is None or any(side % which.spatial_grid for side in self.grid):
+            self.run.note(
+                f"spatial_bonus is left out: {self.grid or 'an unknown grid'} does not divide into cells of "
+                f"{which.spatial_grid} x {which.spatial_grid} tokens"
+            )
+            return None
+        return self.grid
+
+    # ---- entries ----------------------------------------------------------------------------------------------------
+    def _entry(self, j: int) -> Entry:
+        return self.run.entry(j, self.branch, self.turns.get(j, 0))
+
+    def _ready(self, j: int) -> bool:
+        entry = self._entry(j)
+        return entry.signature == self.signature and self.recipe.fill.ready(entry)
+
+    def _filled(self, j: int) -> tuple[Tensor, ...]:
+        filled = self.recipe.fill.fill(self._entry(j), self.step)
+        return tuple(t.clone() for t in filled) if j in self.attachment.aliased else filled
+
+    def _keep(self, j: int, output: Any) -> None:
+        entry, values = self._entry(j), _pack(output)
+        if j in self.attachment.aliased:
+            values = tuple(v.clone() for v in values)
+        values = tuple(v.detach() for v in values)
+        if self.counter is not None:
+            self.first_values += [(j, v, v.clone()) for v in values]
+        entry.single, entry.signature = isinstance(output, Tensor), self.signature
+        self.recipe.fill.keep(entry, values, self.step)
+        self.kept = True
+
+    def _measured(self, j: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module itself; measured where that is due, and observed where the recipe scores tokens by it."""
+        before = self.flops()
+        self.seen.clear()
+        output = original(*args, **kwargs)
+        if self.counter is not None:
+            self.costs[j] += self.flops() - before
+        if self.seen:
+            module: Any = self.attachment.entry(j).module
+            heads = {name: _split_heads(value, module.heads) for name, value in self.seen.items()}
+            scale = float(getattr(module, "scale", heads[next(iter(heads))].shape[-1] ** -0.5))
+            self._entry(j).observed = self.recipe.which.observe(heads, scale)
+            self.seen.clear()
+        return output
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, heads * channels] to [batch, heads, tokens, channels]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor among the inputs, hidden states as a rule."""
+    for value in (*args, kwargs.get("hidden_states"), kwargs.get("sample"), *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def _guidance_halves(sample: Tensor | None) -> int:
+    """2 if the batch holds the same latents twice, as batched guidance does, else 1."""
+    if sample is None or sample.shape[0] % 2:
+        return 1
+    first, second = sample.chunk(2)
+    return 2 if torch.equal(first, second) else 1
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Shape, dtype and device of the token streams that enter a block."""
+    values = [*args, kwargs.get("hidden_states"), kwargs.get("encoder_hidden_states")]
+    return tuple((v.shape, v.dtype, v.device) for v in values if isinstance(v, Tensor))
+
+
+def _pack(output: Any) -> tuple[Tensor, ...]:
+    """Outputs as a tuple of tensors."""
+    values = (output,) if isinstance(output, Tensor) else tuple(output) if isinstance(output, (tuple, list)) else ()
+    if not values or not all(isinstance(v, Tensor) for v in values):
+        raise TypeError(f"cannot keep an output of type {type(output).__name__}: expected tensors")
+    return values
+
+
+def _unpack(values: tuple[Tensor, ...], entry: Entry) -> Any:
+    """Inverse of `_pack`: the form in which the module returned them."""
+    return values[0] if entry.single else values

@@ -1,0 +1,93 @@
+"""Decisions for every sample on its own: a picture does not depend on what else is in the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor
+
+import dittocache
+from dittocache.plan import COMPUTE, OPEN
+from dittocache.when import When
+
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class InputChange(When):
+    """Computes the samples whose input moved by more than `threshold` since they were last computed."""
+
+    threshold: float = 0.12
+    per_sample: bool = True
+
+    def table(self, num_steps: int, sites: Any) -> np.ndarray:
+        return np.full((num_steps, len(sites)), OPEN)
+
+    def decide(self, step: int, site: Any, args: tuple[Any, ...], memory: dict[str, Any]) -> Any:
+        x, last = args[0], memory.get("x")
+        if last is None:
+            memory["x"] = x.clone()
+            return COMPUTE
+        moved = (x - last).flatten(1).norm(dim=1) / last.flatten(1).norm(dim=1) > self.threshold
+        if not self.per_sample:
+            moved = moved.any().expand(len(x))
+        memory["x"] = torch.where(moved[:, None, None], x, last)
+        return moved
+
+
+@pytest.fixture(scope="module")
+def model() -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=5,
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def drift() -> Tensor:
+    """Inputs [steps, 3, 4, 8, 8] of which the first hardly moves, the second does, the third moves a lot."""
+    generator = torch.Generator().manual_seed(1)
+    pace = torch.tensor([0.02, 0.12, 0.5])[:, None, None, None]
+    start = torch.randn(1, 3, 4, 8, 8, generator=generator)
+    return start + (pace * torch.randn(STEPS, 3, 4, 8, 8, generator=generator)).cumsum(0)
+
+
+@torch.no_grad()
+def outputs(model: DiTTransformer2DModel, x: Tensor, labels: Tensor, when: When) -> tuple[Tensor, dittocache.Plan]:
+    found = []
+    with dittocache.enable(model, dittocache.Recipe(when=when)) as cache, cache.run(STEPS):
+        for k in range(STEPS):
+            cache.step(k)
+            time = torch.full((len(labels),), 900 - 100 * k)
+            found.append(model(x[k], timestep=time, class_labels=labels).sample)
+    return torch.stack(found), cache.trace
+
+
+def test_alone_equals_in_batch(model: DiTTransformer2DModel) -> None:
+    x, labels = drift(), torch.tensor([0, 1, 2])
+    together, trace = outputs(model, x, labels, InputChange())
+    assert ((trace.table > 0) & (trace.table < 1)).any(), "some rows must be computed beside filled ones"
+    for n in range(3):
+        alone, _ = outputs(model, x[:, n : n + 1], labels[n : n + 1], InputChange())
+        torch.testing.assert_close(together[:, n : n + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_decision_for_the_whole_batch_does_depend_on_it(model: DiTTransformer2DModel) -> None:
+    x, labels = drift(), torch.tensor([0, 1, 2])
+    together, _ = outputs(model, x, labels, InputChange(per_sample=False))
+    alone, _ = outputs(model, x[:, :1], labels[:1], InputChange(per_sample=False))
+    assert (together[:, :1] - alone).abs().max() > 1e-4
