@@ -47,7 +47,7 @@ def defect() -> str | None:
     if INSTALLING.exists():
         return "its last installation was interrupted"
     activate = VENV / "bin" / "activate"
-    home = re.compile(rf"""^\s*VIRTUAL_ENV=['"]?{re.escape(str(VENV))}['"]?\s*$""", re.MULTILINE)
+    home = re.compile(rf"""^\s*(?:export )?VIRTUAL_ENV=['"]?{re.escape(str(VENV))}['"]?\s*$""", re.MULTILINE)
     if not activate.exists() or not home.search(activate.read_text()):
         return "it is incomplete or was made for another folder"
     asked = [PYTHON, "-c", "import sys, pip; print('%d.%d' % sys.version_info[:2])"]
