@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ class Attachment:
         self.handles: list[Any] = []
         self.hooked: list[tuple[nn.Module, bool]] = []
         self.observed: set[str] = set()
+        self.compiled = any(module._compiled_call_impl is not None for module in transformer.modules())
         self.patch = getattr(getattr(transformer, "config", None), "patch_size", 1)
         # the attention whose tokens score those of a feed-forward
         self.scorer: dict[int, int] = {}
@@ -101,8 +103,12 @@ class Attachment:
         self.handles, self.hooked = [], []
         self._forget_registries()
 
-    def _hook(self, module: nn.Module, hook: ModelHook) -> None:
+    def _hook(self, module: nn.Module, hook: _Hook) -> None:
         self.hooked.append((module, not hasattr(module, "_diffusers_hook")))
+        if self.compiled:
+            # compile under the hook: the module's own forward is compiled, the decision stays outside of any graph
+            hook.compiled = torch.compile(module.forward)
+            hook.new_forward = torch.compiler.disable(hook.new_forward)  # type: ignore[method-assign]
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
 
     def _forget_registries(self) -> None:
@@ -143,6 +149,7 @@ class _Hook(ModelHook):
     def __init__(self, attachment: Attachment, target: Any) -> None:
         super().__init__()
         self.attachment, self.target = attachment, target
+        self.compiled: Callable[..., Any] | None = None
 
     def handle(self, forward: Forward) -> Callable[..., Any]:
         raise NotImplementedError
@@ -151,7 +158,10 @@ class _Hook(ModelHook):
         forward = _forward.get()
         if forward is None or forward.attachment is not self.attachment:
             return self.fn_ref.original_forward(*args, **kwargs)
-        return self.handle(forward)(self.target, self.fn_ref.original_forward, args, kwargs)
+        # what is called while FLOPs are counted would never be compiled again
+        counted = self.compiled is None or forward.counter is not None
+        original = self.fn_ref.original_forward if counted else self.compiled
+        return self.handle(forward)(self.target, original, args, kwargs)
 
 
 class _BlockHook(_Hook):
