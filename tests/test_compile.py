@@ -33,4 +33,5 @@ def test_compiled_under_the_hooks() -> None:
         again = draw()
         assert counters["frames"]["ok"] == frames, "decisions must not make anything compile again"
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(again, compiled, rtol=0, atol=0)
+    # the first forward of all counts FLOPs and runs uncompiled
+    torch.testing.assert_close(again, compiled, rtol=1e-4, atol=1e-5)

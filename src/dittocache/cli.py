@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,22 +16,24 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from .evaluate.compare import Comparison, Progress
-    from .recipe import Method, Recipe
+    from .recipe import Method
 
 # typer ships its own copy of click, or uses click, depending on its version
-UsageError, ClickException = typer.BadParameter.__mro__[1:3]
+UsageError: Any = typer.BadParameter.__mro__[1]
+ClickException: Any = typer.BadParameter.__mro__[2]
 MODEL = "glyphs"
 
 
 class _OneLine(TyperGroup):
     """A group of commands whose usage errors are one line on stderr and exit code 2."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(self, args: Any = None, *rest: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = super().main(args, *rest, standalone_mode=False, **kwargs)
         except ClickException as error:
             if not standalone_mode:
                 raise
@@ -104,10 +107,14 @@ def _root(
 
 # ---- demo, report, bench --------------------------------------------------------------------------------------------
 @app.command(
-    epilog=_examples("dittocache demo", "dittocache demo --out here --pictures 12 --steps 20", "dittocache demo --device cuda")
+    epilog=_examples(
+        "dittocache demo", "dittocache demo --out here --pictures 12 --steps 20", "dittocache demo --device cuda"
+    )
 )
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the page, the numbers and the pictures.")] = Path("dittocache-demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the page, the numbers and the pictures.")] = Path(
+        "dittocache-demo"
+    ),
     pictures: Annotated[int, typer.Option(min=2, max=3600, help="How many pictures every row draws.")] = 36,
     steps: Annotated[int, typer.Option(min=10, max=1000, help="Denoising steps of the uncached row.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the others count up.")] = 0,
@@ -129,7 +136,7 @@ def demo(
     characters = _characters(pipe)
     labels = [j % len(characters) for j in range(pictures)]
     began = time.perf_counter()
-    with _progress("drawing") as progress:
+    with progress_bar("drawing") as progress:
         comparison = compare(
             pipe,
             rows,
@@ -146,7 +153,7 @@ def demo(
     if as_json:
         _print_json(comparison.to_dict() | {"page": str(page)})
         return
-    _show(comparison, f"took {time.perf_counter() - began:.0f} s")
+    show_comparison(comparison, f"took {time.perf_counter() - began:.0f} s")
     typer.echo(f"\nThe page: {page}")
 
 
@@ -165,17 +172,21 @@ def report(
     if as_json:
         _print_json(comparison.to_dict() | {"page": str(page)})
         return
-    _show(comparison)
+    show_comparison(comparison)
     typer.echo(f"\nThe page: {page}")
 
 
 @app.command(
     epilog=_examples(
-        "dittocache bench", "dittocache bench --json > speed.json", "dittocache bench --method duca -p interval=5 -p ratio=0.1"
+        "dittocache bench",
+        "dittocache bench --json > speed.json",
+        "dittocache bench --method duca -p interval=5 -p ratio=0.1",
     )
 )
 def bench(
-    method: Annotated[str | None, typer.Option(help="One method only; see dittocache methods.", show_default="all")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="One method only; see dittocache methods.", show_default="all")
+    ] = None,
     param: Params = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of every row.")] = 3,
@@ -195,14 +206,15 @@ def bench(
         names = [method] if method else list(_methods_that_run())
         rows = [uncached(steps), cached("none", steps), *(cached(n, steps, **params) for n in names if n != "none")]
         pipe = _load(device)
-    count = max(2, batch * repeats)
-    with _progress("measuring") as progress:
-        found = compare(pipe, rows, [j % 36 for j in range(count)], list(range(count)), batch, model=MODEL, progress=progress)
+    seeds = range(max(2, batch * repeats))
+    with progress_bar("measuring") as progress:
+        found = compare(pipe, rows, [j % 36 for j in seeds], seeds, batch, model=MODEL, progress=progress)
     if as_json:
         _print_json(found.to_dict())
         return
-    _print(_table(found, fidelity=False))
-    _print(f"{found.provenance['machine']}, {found.provenance['threads']} threads, {batch} pictures at once, {steps} steps")
+    show(table_of(found, fidelity=False))
+    made = found.provenance
+    show(f"{made['machine']}, threads: {made['threads']}; {batch} pictures at once, {steps} steps")
 
 
 # ---- sample ---------------------------------------------------------------------------------------------------------
@@ -245,7 +257,7 @@ def sample(
         pipe = _load(device)
         classes = pipe.get_label_ids(labels)
         cache = enable(pipe, method, **params) if method else None
-    with _progress("drawing") as progress:
+    with progress_bar("drawing") as progress:
         pipe_steps = _Steps(progress, steps)
         began = time.perf_counter()
         with _usage_errors():
@@ -258,9 +270,10 @@ def sample(
                 callback_on_step_end=pipe_steps,
             ).images
         seconds = time.perf_counter() - began
-    picture = sheet((pictures * 255).round().astype("uint8"), columns=min(len(classes), 12)).squeeze(-1)
+    drawn = (pictures * 255).round().astype("uint8")
+    image = Image.fromarray(sheet(drawn, columns=min(len(classes), 12)).squeeze(-1))
     with _usage_errors():
-        Image.fromarray(picture).resize((picture.shape[1] * 4, picture.shape[0] * 4), Image.Resampling.NEAREST).save(out)
+        image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST).save(out)
         if cache is not None and plan_out is not None:
             cache.trace.draw(plan_out)
     if as_json:
@@ -297,10 +310,10 @@ def methods(
         if as_json:
             _print_json({n: _method_dict(m) for n, m in found.items()})
             return
-        table = _new_table("method", "paper", "needs", "what it does")
+        table = new_table("method", "paper", "needs", "what it does")
         for n, m in found.items():
             table.add_row(f"[bold]{n}[/bold]", m.arxiv and f"arXiv {m.arxiv}", m.needs, m.summary)
-        _print(table)
+        show(table)
         typer.echo("dittocache methods NAME tells more about one of them.")
         return
     with _usage_errors():
@@ -308,27 +321,30 @@ def methods(
     if as_json:
         _print_json(_method_dict(method))
         return
-    _print(f"[bold]{method.name}[/bold]: {method.title}" + (f" (arXiv {method.arxiv})" if method.arxiv else ""))
-    _print(f"{method.summary}\nNeeds: {method.needs}.")
+    show(f"[bold]{method.name}[/bold]: {method.title}" + (f" (arXiv {method.arxiv})" if method.arxiv else ""))
+    show(f"{method.summary}\nNeeds: {method.needs}.")
     if method.parameters:
-        table = _new_table("parameter", "default", "valid", "what it is")
+        table = new_table("parameter", "default", "valid", "what it is")
         for p in method.parameters.values():
             table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, p.help)
-        _print(table)
+        show(table)
     for model, values in method.settings.items():
-        _print(f"Recommended for {model}: {', '.join(f'{k}={v}' for k, v in values.items())}")
+        show(f"Recommended for {model}: {', '.join(f'{k}={v}' for k, v in values.items())}")
     if method.bibtex:
         typer.echo("\n" + method.bibtex)
 
 
 @app.command(
     epilog=_examples(
-        "dittocache describe", "dittocache describe FluxTransformer2DModel", "dittocache describe path/to/pipeline --json"
+        "dittocache describe",
+        "dittocache describe FluxTransformer2DModel",
+        "dittocache describe path/to/pipeline --json",
     )
 )
 def describe(
     target: Annotated[
-        str, typer.Argument(help="A bundled model, a class of diffusers, or the folder of a saved pipeline or transformer.")
+        str,
+        typer.Argument(help="A bundled model, a class of diffusers, or the folder of a saved pipeline or transformer."),
     ] = MODEL,
     as_json: Json = False,
 ) -> None:
@@ -372,9 +388,10 @@ def _network(target: str) -> Any:
         name = target
         if "/" in target or not hasattr(diffusers, name):
             raise ValueError(
-                f"{target!r} is neither a bundled model ({', '.join(bundled.names())}), nor a class of diffusers, nor a folder"
+                f"{target!r} is neither a bundled model ({', '.join(bundled.names())}), nor a class of diffusers, "
+                "nor a folder"
             )
-    cls = getattr(diffusers, str(name), None)
+    cls: Any = getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         raise ValueError(f"{name!r} is not a network of diffusers {diffusers.__version__}")
     try:
@@ -382,7 +399,8 @@ def _network(target: str) -> Any:
             return cls.from_config(config) if config else cls()
     except Exception as error:  # whatever a foreign constructor raises when its default configuration is incomplete
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{name} cannot be built from its {'saved' if config else 'default'} configuration: {reason}") from None
+        whose = "saved" if config else "default"
+        raise ValueError(f"{name} cannot be built from its {whose} configuration: {reason}") from None
 
 
 # ---- doctor ---------------------------------------------------------------------------------------------------------
@@ -393,14 +411,14 @@ def doctor(device: Device = "auto", as_json: Json = False) -> None:
 
     with _usage_errors():
         device = _device(device)
-    checks = examine(device)
+    checks = examine(device, lambda: _load(device))
     if as_json:
         _print_json([check._asdict() for check in checks])
     else:
-        table = _new_table("", "check", "found")
+        table = new_table("", "check", "found")
         for check in checks:
             table.add_row("[green]ok[/green]" if check.ok else "[red]wrong[/red]", check.name, check.found)
-        _print(table)
+        show(table)
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
@@ -431,7 +449,29 @@ def _load(device: str) -> Any:
     finally:
         logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
+    if pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        _fit_threads(pipe)
     return pipe
+
+
+def _fit_threads(pipe: Any) -> None:
+    """Sets as many threads as are fastest right now: 1, 2, 4, ... while each doubling gains a tenth.
+
+    A small network gains little from many threads, and beside another busy process threads that wait for each other
+    can make it ten times slower.
+    """
+    import torch
+
+    best, threads, most = float("inf"), 1, torch.get_num_threads()
+    while threads <= most:
+        torch.set_num_threads(threads)
+        began = time.perf_counter()
+        pipe(class_labels=[0] * 12, num_inference_steps=2, output_type="np")
+        seconds = time.perf_counter() - began
+        if seconds > 0.9 * best:
+            break
+        best, threads = seconds, 2 * threads
+    torch.set_num_threads(max(1, threads // 2))
 
 
 def _characters(pipe: Any) -> str:
@@ -463,12 +503,13 @@ def _parse(method: str | None, texts: list[str] | None) -> dict[str, Any]:
         ValueError: not of that form, or the method does not take it.
     """
     params: dict[str, Any] = {}
+    spelled = {"true": "True", "false": "False", "none": "None"}
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ValueError(f"a parameter is NAME=VALUE, not {text!r}")
         try:
-            params[name] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+            params[name] = ast.literal_eval(spelled.get(value.lower(), value))
         except (ValueError, SyntaxError):
             params[name] = value
     if params and method is None:
@@ -481,75 +522,10 @@ def _parse(method: str | None, texts: list[str] | None) -> dict[str, Any]:
 def _method_dict(method: Method) -> dict[str, Any]:
     names = ("name", "title", "arxiv", "needs", "summary", "settings", "bibtex")
     parameters = {
-        p.name: {"type": p.type, "default": p.default, "valid": p.valid, "help": p.help} for p in method.parameters.values()
+        p.name: {"type": p.type, "default": p.default, "valid": p.valid, "help": p.help}
+        for p in method.parameters.values()
     }
     return {name: getattr(method, name) for name in names} | {"parameters": parameters}
-
-
-def _new_table(*columns: str, right: int = 99) -> Table:
-    """A plain table; columns from number `right` on are right-aligned."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number >= right else "left", no_wrap=number == 0)
-    return table
-
-
-def _table(comparison: Comparison, fidelity: bool = True) -> Table:
-    """All rows of a comparison; without fidelity only what concerns speed."""
-    from .evaluate.page import number, size
-
-    columns = ["row", "compute", "ideal", "measured", "least-largest", "effic."]
-    judged = fidelity and comparison.reference.accuracy is not None
-    columns += ["PSNR dB", "SSIM"] * fidelity + ["Fréchet", "read"] * judged + ["cache"]
-    table = _new_table(*columns, right=1)
-    previous = ""
-    for r in comparison.results:
-        if previous and r.method != previous:
-            table.add_section()
-        previous = r.method
-        cells = [r.label, f"{r.compute_fraction:.1%}", f"{r.ideal_speedup:.2f}x", f"[bold]{r.speedup:.2f}x[/bold]"]
-        cells += [f"{r.speedup_low:.2f}-{r.speedup_high:.2f}", number(r.efficiency)]
-        cells += [number(r.psnr, 1), number(r.ssim, 4)] * fidelity
-        cells += [number(r.frechet), "–" if r.accuracy is None else f"{r.accuracy:.0%}"] * judged
-        table.add_row(*cells, size(r.bytes_peak))
-    return table
-
-
-def _show(comparison: Comparison, note: str = "") -> None:
-    """Prints a comparison: its headline, its table, and where it was measured."""
-    from .evaluate.findings import headline
-
-    made = comparison.provenance
-    _print(_table(comparison))
-    _print(f"[bold]{headline(comparison)}[/bold]")
-    typer.echo(
-        f"{len(comparison.labels)} pictures, {made['steps']} steps, guidance {made['guidance_scale']}; {made['machine']}, "
-        f"{made['threads']} threads, load {made['load']}" + (f"; {note}" if note else "")
-    )
-
-
-def _print(what: Any) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    # a table that is piped into a file keeps its columns
-    console.print(what, width=None if console.is_terminal else max(console.width, 120))
-
-
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[Progress]:
-    """A progress bar on stderr, moved by calls (done, total, what is running)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns: tuple[Any, ...] = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    columns += (TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda done, total, what: bars.update(task, completed=done, total=total, description=what)
 
 
 if __name__ == "__main__":

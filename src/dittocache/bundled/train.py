@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from .data import CHARACTERS, Split, to_model_range
 from .pipeline import GlyphsPipeline
 
-IMAGES = 1_200_000  # training images in all
+IMAGES = 900_000  # training images in all
 BATCH = 64
 LEARNING_RATE = 1e-3
 WARM_UP = 200  # steps

@@ -206,11 +206,11 @@ def heat_map(plan: Plan, look: str, title: str, width: int = 360) -> Markup:
     cell_h = min(9.0, max(2.5, 190 / len(plan.sites)))
     cells: dict[float, list[str]] = {}
     texts: list[str] = []
-    top = 0.0
+    top = 3.0
     for kind in kinds:
         columns = np.flatnonzero(np.array(plan.kinds) == kind)
         height = max(cell_h, 7.0) if len(columns) == 1 else cell_h
-        caption = kind.replace("-", " ") or "sites"
+        caption = {"stack": "stack of blocks", "": "sites"}.get(kind, kind.replace("-", " "))
         texts.append(f'<text class="kind" x="{left:g}" y="{top + 10:.1f}">{escape(caption)}</text>')
         top += heading
         for row, column in enumerate(columns):
@@ -231,7 +231,9 @@ def heat_map(plan: Plan, look: str, title: str, width: int = 360) -> Markup:
             x = left + (step + 0.5) * cell_w
             anchor = "end" if step == last else "middle"
             x = x + cell_w / 2 if step == last else x
-            texts.append(f'<text class="tick" x="{x:.1f}" y="{top + 5:.1f}" text-anchor="{anchor}">{plan.steps[step]}</text>')
+            texts.append(
+                f'<text class="tick" x="{x:.1f}" y="{top + 5:.1f}" text-anchor="{anchor}">{plan.steps[step]}</text>'
+            )
     paths = [
         f'<path d="{"".join(parts)}" fill-opacity="{shade(share):.2f}"/>' for share, parts in sorted(cells.items())
     ]

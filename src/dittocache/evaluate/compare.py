@@ -11,6 +11,7 @@ import shlex
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from ..plan import Plan
+from ..when import Table
 from . import metrics
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from ..recipe import Recipe
 
+OPTIONAL = ("psnr", "ssim", "frechet", "accuracy")  # numbers that a row may lack
 FORMAT = "dittocache-comparison-1"
 NUMBERS, PICTURES = "comparison.json", "pictures.safetensors"
 UNCACHED, FEWER_STEPS = "uncached", "fewer steps"  # the two methods that are no recipe
@@ -145,6 +148,9 @@ class Result:
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
         names = {f.name for f in dataclasses.fields(cls)}
         values = {name: math.inf if value == "inf" else value for name, value in data.items() if name in names}
+        for name in ("compute_fraction", "speedup", "speedup_low", "speedup_high", *OPTIONAL):
+            if not isinstance(values[name], (int, float)) and not (values[name] is None and name in OPTIONAL):
+                raise ValueError(f"damaged comparison: {name} of row {data['label']!r} is {values[name]!r}")
         return cls(**values | {name: tuple(values[name]) for name in ("seconds", "warnings")})
 
 
@@ -321,44 +327,39 @@ def compare(
         progress(total, total, "done")
 
     results = [_result(row, runs[row.label], runs[rows[0].label], rows[0], labels, judge) for row in rows]
-    pictures = {
-        row.label: np.concatenate([_uint8(part.pictures) for part in runs[row.label]]) for row in rows
-    }
+    pictures = {row.label: np.concatenate([_uint8(part.pictures) for part in runs[row.label]]) for row in rows}
     texts = tuple(names) if names is not None else tuple(str(label) for label in labels)
     record = _provenance(pipe, model, rows[0].steps, guidance_scale, chunk)
     return Comparison(tuple(results), pictures, texts, tuple(seeds), record)
 
 
-def _run(
-    pipe: DiffusionPipeline, row: Row, labels: Sequence[int], seeds: Sequence[int], guidance_scale: float
-) -> _Run:
+def _run(pipe: DiffusionPipeline, row: Row, labels: Sequence[int], seeds: Sequence[int], guidance_scale: float) -> _Run:
     from .. import enable
+
+    def draw(steps: int) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {"guidance_scale": guidance_scale, "generator": generators, "output_type": "np"}
+        return pipe(class_labels=list(labels), num_inference_steps=steps, **options).images
 
     cache = None if row.recipe is None else enable(pipe, row.recipe)
     try:
-        begin = time.perf_counter()
-        pictures = pipe(
-            class_labels=list(labels),
-            num_inference_steps=row.steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="np",
-        ).images
-        seconds = time.perf_counter() - begin
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="dittocache:")  # they stand in the report
+            if row.recipe is not None and not isinstance(row.recipe.when, Table):
+                draw(1)  # the first forward after `enable` also counts FLOPs
+            begin = time.perf_counter()
+            pictures = draw(row.steps)
+            seconds = time.perf_counter() - begin
         if cache is None:
             return _Run(pictures, seconds, 1.0)
         report = cache.report()
-        return _Run(
-            pictures, seconds, report.compute_fraction, report.bytes_peak, cache.trace, tuple(report.warnings)
-        )
+        return _Run(pictures, seconds, report.compute_fraction, report.bytes_peak, cache.trace, tuple(report.warnings))
     finally:
         if cache is not None:
             cache.disable()
 
 
-def _result(
-    row: Row, runs: list[_Run], reference: list[_Run], first: Row, labels: Sequence[int], judge: Any
-) -> Result:
+def _result(row: Row, runs: list[_Run], reference: list[_Run], first: Row, labels: Sequence[int], judge: Any) -> Result:
     ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(runs, reference, strict=True)]
     drawn, wanted = _tensor(runs), _tensor(reference)
     is_reference = row is first

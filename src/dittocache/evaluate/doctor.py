@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,22 +21,23 @@ class Check(NamedTuple):
     found: str
 
 
-def examine(device: str) -> list[Check]:
-    """All checks, in order."""
+def examine(device: str, load: Callable[[], Any]) -> list[Check]:
+    """All checks, in order; `load` gives the bundled pipeline on that device."""
     parts = ", ".join(f"{name} {version}" for name, version in versions().items())
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     lacking = "; ".join(f"{name} is missing ({EXTRAS[name]}): pip install 'dittocache[eval]'" for name in missing)
+    loaded: list[Any] = []
     checks = [
         Check("versions", True, parts),
         Check("device", True, f"{device}: {machine(torch.device(device))}, {torch.get_num_threads()} threads"),
         Check("extras for evaluation", not missing, lacking or "all there"),
+        _try("bundled model", lambda: _bundled(load(), loaded)),
     ]
-    for name, attempt in (
-        ("bundled model", lambda: _bundled(device)),
-        ("a cache skips", lambda: _skips(device)),
-        ("and comes off", lambda: _comes_off(device)),
-    ):
-        checks.append(_try(name, attempt))
+    if loaded:
+        checks += [
+            _try("a cache skips", lambda: _skips(loaded[0])),
+            _try("and comes off", lambda: _comes_off(loaded[0])),
+        ]
     return checks
 
 
@@ -47,33 +48,33 @@ def _try(name: str, attempt: Callable[[], str]) -> Check:
         return Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _draw(pipe: object, labels: str, steps: int) -> torch.Tensor:
+def _draw(pipe: Any, labels: str, steps: int) -> torch.Tensor:
     """Pictures [n, c, h, w] in [0, 1]."""
     generators = [torch.Generator().manual_seed(j) for j in range(len(labels))]
     options = {"num_inference_steps": steps, "guidance_scale": 1.5, "generator": generators, "output_type": "pt"}
-    return pipe(class_labels=labels, **options).images.cpu()  # type: ignore[operator]
+    return pipe(class_labels=labels, **options).images.cpu()
 
 
-def _bundled(device: str) -> str:
-    from .. import bundled
+def _bundled(pipe: Any, loaded: list[Any]) -> str:
     from ..bundled.judge import load_judge
 
-    pipe = _pipe(device)
+    loaded.append(pipe)
     count = sum(p.numel() for p in pipe.transformer.parameters())
     if not all(p.isfinite().all() for p in pipe.transformer.parameters()):
         raise ValueError("the weights are not all finite")
     labels = "DITTOCACHE"
-    read = load_judge(bundled.names()[0])(_draw(pipe, labels, 10)).argmax(1).tolist()
+    read = load_judge()(_draw(pipe, labels, 10)).argmax(1).tolist()
     right = sum(a == b for a, b in zip(read, pipe.get_label_ids(labels), strict=True))
     if right < 8:
         raise ValueError(f"the judge reads {right} of {len(labels)} drawn characters")
-    return f"loads; {count / 1e6:.1f} M parameters; the judge reads {right} of {len(labels)} characters drawn in 10 steps"
+    return (
+        f"loads; {count / 1e6:.1f} M parameters; the judge reads {right} of {len(labels)} characters drawn in 10 steps"
+    )
 
 
-def _skips(device: str) -> str:
+def _skips(pipe: Any) -> str:
     from .. import enable
 
-    pipe = _pipe(device)
     with enable(pipe, "fora", interval=3) as cache:
         _draw(pipe, "A", 3)
         shares = cache.trace.table.mean(1).tolist()
@@ -83,10 +84,9 @@ def _skips(device: str) -> str:
     return f"FORA over 3 steps: the second is reused, {fraction:.0%} of the compute is done"
 
 
-def _comes_off(device: str) -> str:
+def _comes_off(pipe: Any) -> str:
     from .. import enable
 
-    pipe = _pipe(device)
     before = _draw(pipe, "A", 3)
     with enable(pipe, "fora", interval=3):
         cached = _draw(pipe, "A", 3)
@@ -95,11 +95,3 @@ def _comes_off(device: str) -> str:
     if not torch.equal(_draw(pipe, "A", 3), before):
         raise ValueError("pictures differ after the cache was taken off")
     return "pictures are the same, bit for bit, after it was taken off"
-
-
-def _pipe(device: str):  # type: ignore[no-untyped-def]
-    from .. import bundled
-
-    pipe = bundled.load("glyphs", device=device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
