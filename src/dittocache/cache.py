@@ -13,6 +13,7 @@ from torch import nn
 
 from . import clock, hooks
 from .describe import Description, describe
+from .parts import check_int, show
 from .plan import COMPUTE, REUSE, Plan, align
 from .recipe import Recipe, resolve
 from .run import Run, active_runs
@@ -172,7 +173,7 @@ class Cache:
                 run.close()
 
     def _current(self) -> Run | None:
-        return next((run for run in active_runs() if run.owner is self), None)
+        return next((run for run in reversed(active_runs()) if run.owner is self), None)
 
     # ---- runs -------------------------------------------------------------------------------------------------------
     def _start(self, num_steps: int, timesteps: Sequence[float] | None) -> Run:
@@ -190,8 +191,6 @@ class Cache:
             ValueError: T is not a whole number of 1 or more, or does not fit the timesteps or the recipe's plan.
             RuntimeError: the cache was disabled.
         """
-        from .parts import check_int
-
         check_int("num_steps", num_steps, 1)
         if timesteps is not None and len(timesteps) != num_steps:
             raise ValueError(f"{len(timesteps)} timesteps were given for {num_steps} steps")
@@ -227,15 +226,18 @@ class Cache:
             )
 
     # ---- results ----------------------------------------------------------------------------------------------------
-    def flops(self, used: list[int], branches: int) -> tuple[tuple[float, ...] | None, float]:
-        """Measured FLOPs of the used sites, and of everything else, for one step with that many branches."""
-        costs = self._attachment.costs
-        if not costs:
+    def flops(self, key: Any, used: list[int], branches: int) -> tuple[tuple[float, ...] | None, float]:
+        """FLOPs measured for inputs of that shape: of the used sites, and of the rest, for all branches of a step."""
+        if key not in self._attachment.costs:
             return None, 0.0
-        sites, rest = next(reversed(costs.values()))
-        total = sum(sites) + rest
-        wanted_sites = [sites[j] * branches for j in used]
-        return tuple(wanted_sites), max(total * branches - sum(wanted_sites), 0.0)
+        sites, rest = self._attachment.costs[key]
+        spent = {j: sites[j] for j in used}
+        for block in self.description.blocks:
+            if block.stack in spent:  # what a skipped stack saves includes the modules that are no columns
+                spent[block.stack] += sum(sites[j] for j in block.sites if j not in spent)
+        total = (sum(sites) + rest) * branches
+        columns = tuple(spent[j] * branches for j in used)
+        return columns, max(total - sum(columns), 0.0)
 
     @property
     def trace(self) -> Plan:
@@ -282,17 +284,23 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
     }[recipe.where]
     stack = ("stack",) if recipe.when.uses_stack else ()
     used = [j for j, site in enumerate(description.sites) if site.kind in kinds + stack]
-    if not any(description.sites[j].kind in kinds for j in used):
+    if isinstance(recipe.when, Table):
+        named = recipe.when.plan.sites
+        align(recipe.when.plan, description.sites)
+        used = [j for j, site in enumerate(description.sites) if site.name in named]
+    if not any(site.kind in kinds for site in description.sites):
         known = ", ".join(dict.fromkeys(site.kind for site in description.sites))
         raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; its sites are: {known}")
     if isinstance(recipe.when, Table):
         sites = [description.sites[j] for j in used]
         table = align(recipe.when.plan, sites)
         for j, site in enumerate(sites):
-            if not site.tokenwise and ((table[:, j] > REUSE) & (table[:, j] < COMPUTE)).any():
-                raise ValueError(f"the plan computes some tokens of {site.name!r}, which is not token-wise")
+            if not site.selectable and ((table[:, j] > REUSE) & (table[:, j] < COMPUTE)).any():
+                raise ValueError(
+                    f"the plan computes some tokens of {site.name!r}, which is not a token-wise feed-forward"
+                )
     if recipe.which is not None:
-        tokenwise = [entry for entry in description.entries if entry.site.tokenwise]
+        tokenwise = [entry for entry in description.entries if entry.site.selectable]
         if not tokenwise:
             raise ValueError(f"{description.model} has no token-wise feed-forward to compute some tokens of")
         if recipe.which.observes:
@@ -337,8 +345,9 @@ def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) ->
     transformer = _transformer_of(target)
     if scheduler is None and target is not transformer:
         scheduler = getattr(target, "scheduler", None)
-    if scheduler is not None and not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
-        raise TypeError(f"a scheduler has set_timesteps and step; got {type(scheduler).__name__}")
+    has_clock = hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step") and not isinstance(scheduler, type)
+    if scheduler is not None and not has_clock:
+        raise TypeError(f"a scheduler is an object with set_timesteps and step; got {show(scheduler)}")
     foreign = hooks.foreign_cache(transformer)
     if foreign is not None:
         raise RuntimeError(f"a diffusers cache is already on ({foreign}); call transformer.disable_cache() first")

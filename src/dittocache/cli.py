@@ -16,10 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from .evaluate.compare import Comparison, Progress
+    from .evaluate.compare import Progress
     from .recipe import Method
 
 # typer ships its own copy of click, or uses click, depending on its version
@@ -31,9 +28,10 @@ MODEL = "glyphs"
 class _OneLine(TyperGroup):
     """A group of commands whose usage errors are one line on stderr and exit code 2."""
 
-    def main(self, args: Any = None, *rest: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        standalone_mode = kwargs.pop("standalone_mode", True)
         try:
-            code = super().main(args, *rest, standalone_mode=False, **kwargs)
+            code = super().main(*args, **(kwargs | {"standalone_mode": False}))
         except ClickException as error:
             if not standalone_mode:
                 raise
@@ -128,8 +126,10 @@ def demo(
     """
     from .bundled.judge import load_judge
     from .evaluate import compare, standard_rows, write_page
+    from .evaluate.console import progress_bar, show_comparison
 
     with _usage_errors():
+        _need_extras()
         out.mkdir(parents=True, exist_ok=True)
         pipe = _load(device)
         rows = standard_rows(steps)
@@ -142,7 +142,7 @@ def demo(
             rows,
             labels,
             [seed + j for j in range(pictures)],
-            chunk=min(12, -(-pictures // 3)),
+            chunk=min(12, -(-pictures // 4)),  # four or more chunks, for a median
             judge=load_judge(MODEL),
             names=[characters[label] for label in labels],
             model=MODEL,
@@ -165,6 +165,7 @@ def report(
 ) -> None:
     """Write the HTML page of a saved comparison again, and print its table."""
     from .evaluate import Comparison, write_page
+    from .evaluate.console import show_comparison
 
     with _usage_errors():
         comparison = Comparison.load(folder)
@@ -200,9 +201,11 @@ def bench(
     ratios. The row "none" computes everything with the cache on: its speed-up is the overhead of the runtime.
     """
     from .evaluate.compare import cached, compare, uncached
+    from .evaluate.console import progress_bar, show, table_of
 
     with _usage_errors():
         params = _parse(method, param)
+        _need_extras()
         names = [method] if method else list(_methods_that_run())
         rows = [uncached(steps), cached("none", steps), *(cached(n, steps, **params) for n in names if n != "none")]
         pipe = _load(device)
@@ -243,6 +246,7 @@ def sample(
     from PIL import Image
 
     from . import enable
+    from .evaluate.console import progress_bar
     from .evaluate.page import sheet
 
     with _usage_errors():
@@ -304,6 +308,7 @@ def methods(
 ) -> None:
     """List the caching methods, or everything about one of them."""
     from . import methods as known
+    from .evaluate.console import new_table, show
 
     if name is None:
         found = known()
@@ -392,7 +397,7 @@ def _network(target: str) -> Any:
                 "nor a folder"
             )
     cls: Any = getattr(diffusers, str(name), None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+    if not hasattr(cls, "from_config") or not issubclass(cls, diffusers.ModelMixin):
         raise ValueError(f"{name!r} is not a network of diffusers {diffusers.__version__}")
     try:
         with torch.device("meta"):
@@ -407,6 +412,7 @@ def _network(target: str) -> Any:
 @app.command(epilog=_examples("dittocache doctor", "dittocache doctor --json"))
 def doctor(device: Device = "auto", as_json: Json = False) -> None:
     """Check the installation: versions, device, bundled model, and that a cache really skips. Exit code 1 if not."""
+    from .evaluate.console import new_table, show
     from .evaluate.doctor import examine
 
     with _usage_errors():
@@ -424,6 +430,14 @@ def doctor(device: Device = "auto", as_json: Json = False) -> None:
 
 
 # ---- what several commands need -------------------------------------------------------------------------------------
+def _need_extras() -> None:
+    """Raises an ImportError now rather than after minutes of drawing."""
+    from .evaluate.doctor import missing_extras
+
+    if missing_extras():
+        raise ImportError(missing_extras())
+
+
 def _device(name: str) -> str:
     """A device that is there; `auto` is the GPU, else the CPU."""
     import torch

@@ -6,6 +6,7 @@ and `scheduler.step` once after every step. Observing these two on the scheduler
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import threading
 import weakref
@@ -77,7 +78,13 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the plain class: they are not watched."""
     plain: Any = type(self).__mro__[1]
     function, args, *rest = plain.__reduce_ex__(self, protocol)
+    if function is copyreg.__newobj__:  # pickle insists on the object's own class there  # type: ignore[attr-defined]
+        function = _new
     return function, tuple(plain if a is type(self) else a for a in args), *rest
+
+
+def _new(cls: Any, *args: Any) -> Any:
+    return cls.__new__(cls, *args)
 
 
 def _set_timesteps(method: Any) -> Any:

@@ -29,6 +29,7 @@ class Family:
         reuse_block: `reuse_block(block, features, *inputs, **inputs) -> outputs`, the block when all its sites are
             reused: gates and additions, nothing else. `features` maps the site's path in the block to its tensors.
             Returns NotImplemented for inputs it does not cover. Optional.
+        package: the package that the classes are from; a class of another one that bears the same name is not meant.
         ff_input: path of the norm whose input are the tokens of the feed-forward before norm and modulation.
     """
 
@@ -37,6 +38,7 @@ class Family:
     mutes: tuple[str, ...] = ()
     reuse_block: ReuseBlock | None = None
     ff_input: Callable[[Any], str] | None = None
+    package: str = "diffusers"
 
 
 FAMILIES: dict[str, Family] = {}
@@ -138,6 +140,9 @@ def describe(module: nn.Module) -> Description:
         raise TypeError(f"describe needs a torch module; got {type(module).__name__}")
     description = Description(type(module).__name__)
     found = [(name, blocks, [_parts(b) for b in blocks]) for name, blocks in _block_lists(module, "")]
+    modules = [id(block) for _, blocks, _ in found for block in blocks]
+    if len(set(modules)) < len(modules):
+        raise ValueError(f"{type(module).__name__} uses one of its blocks several times, which is not supported")
     order, total = 0, sum(len(part) for _, _, parts in found for part in parts)
     for name, blocks, parts in found:
         stack = total + len(description.stacks)
@@ -162,8 +167,9 @@ def describe(module: nn.Module) -> Description:
 
 def _family(block: nn.Module) -> Family:
     for cls in type(block).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
+        family = FAMILIES.get(cls.__name__)
+        if family is not None and cls.__module__.split(".")[0] == family.package:
+            return family
     return Family(blocks=(type(block).__name__,))
 
 

@@ -47,12 +47,12 @@ class Forward:
         self.raw: Tensor | None = None
         self.kept = False
         self.counter: FlopCounterMode | None = None
-        self.first_values: list[tuple[int, Tensor, Tensor]] = []
         sample = _hidden(args, kwargs)
         self.grid = attachment.grid(sample)
         if run.recipe.which is not None and not run.calls.any():
             run.halves = _guidance_halves(sample)
         key = None if sample is None else (tuple(sample.shape), sample.dtype)
+        run.cost_key = key
         if key is not None and key not in attachment.costs and attachment.measuring.acquire(blocking=False):
             self.cost_key, self.costs = key, [0.0] * len(attachment.description.sites)
             self.counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
@@ -67,10 +67,6 @@ class Forward:
                 sites = sum(self.costs)
                 self.attachment.costs[self.cost_key] = (self.costs, max(total - sites, 0.0))
             self.attachment.measuring.release()
-        for j, value, before in self.first_values:
-            if not torch.equal(value, before):  # the model changes this output in place: keep a copy from now on
-                self.attachment.aliased.add(j)
-                self.run.entries.pop((j, self.branch, 0), None)
         if self.kept:
             self.run.weigh()
 
@@ -87,6 +83,9 @@ class Forward:
             return self._pass_by(block, original, args, kwargs)
         row = self.row
         for j in block.sites:
+            if row[j] == OPEN and self.attachment.entry(j).mutes:
+                # the modules that feed a fused site come before it, so it is decided here
+                self._decide(j, self._entry(j), args, kwargs)
             # what cannot be filled is computed, whatever the row says
             if row[j] not in (None, COMPUTE, OPEN) and not self._ready(j):
                 row[j] = COMPUTE
@@ -150,8 +149,7 @@ class Forward:
             output = self._measured(j, original, args, kwargs)
             self._keep(j, output)
             self.run.record(j, COMPUTE)
-            if entry.ages is not None:
-                entry.ages.zero_()
+            entry.ages = None
             return output
         if code == REUSE:
             self.run.record(j, REUSE)
@@ -167,12 +165,12 @@ class Forward:
         site = self.attachment.description.sites[j]
         code = self.recipe.when.decide(self.step, site, args or (kwargs["hidden_states"],), entry.memory)
         if isinstance(code, Tensor):
-            if site.kind != "stack" and self._ready(j) and code.any() and not code.all():
+            if site.kind not in ("stack", "fused") and self._ready(j) and code.any() and not code.all():
                 return code
             code = COMPUTE if code.any() else REUSE
         if code != COMPUTE and not self._ready(j):
             code = COMPUTE  # the first step, or other inputs than what is kept belongs to
-        if code == PARTIAL and (self.recipe.which is None or not site.tokenwise):
+        if code == PARTIAL and (self.recipe.which is None or not site.selectable):
             code = REUSE
         self.row[j] = code
         return code
@@ -198,21 +196,25 @@ class Forward:
         tokens = x.shape[1]
         count = round(code * tokens) if code > 0 else which.count(site, self.step, run.num_steps, tokens)
         (held,) = self._filled(j)
-        if entry.ages is None:
-            entry.ages = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
+        ages = entry.ages
+        if ages is None:
+            ages = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
         if count:
             observed = self._entry(self.attachment.scorer[j]).observed if j in self.attachment.scorer else None
             inputs = x if self.raw is None else self.raw
             base = which.base(observed, inputs, held, run.halves, run.generator)
-            chosen = which.choose(which.score(base, entry.ages, self._cells(which), run.halves), count)
+            chosen = which.choose(which.score(base, ages, self._cells(which), run.halves), count)
             index = chosen.unsqueeze(-1)
             computed = original(x.gather(1, index.expand(-1, -1, x.shape[-1])))
             held = self.recipe.fill.write(entry, index.expand(-1, -1, held.shape[-1]), computed)
-        entry.ages += 1
+            entry.versions = _versions(entry)
+        # out of place: an inference tensor could not be changed outside of inference mode
+        entry.ages = ages + 1
         if count:
             entry.ages.scatter_(1, chosen, 0.0)
+        self.kept = True
         run.record(j, count / tokens)
-        return held
+        return held.clone() if j in self.attachment.aliased else held
 
     def _cells(self, which: Any) -> tuple[int, int] | None:
         """The token grid, if its cells fit into it."""
@@ -231,22 +233,29 @@ class Forward:
         return self.run.entry(j, self.branch, self.turns.get(j, 0))
 
     def _ready(self, j: int) -> bool:
+        """Whether a site can be filled: enough is kept, for inputs like these, and nobody has changed it since."""
         entry = self._entry(j)
-        return entry.signature == self.signature and self.recipe.fill.ready(entry)
+        if entry.signature != self.signature or not self.recipe.fill.ready(entry):
+            return False
+        if entry.versions == _versions(entry):
+            return True
+        self.attachment.aliased.add(j)  # the model changes this output in place: copies are kept from now on
+        return False
 
     def _filled(self, j: int) -> tuple[Tensor, ...]:
         filled = self.recipe.fill.fill(self._entry(j), self.step)
-        return tuple(t.clone() for t in filled) if j in self.attachment.aliased else filled
+        return tuple(t.clone() for t in filled) if self._copies(j, filled) else filled
+
+    def _copies(self, j: int, values: tuple[Tensor, ...]) -> bool:
+        """Whether copies are kept and handed out. Inference tensors do not tell if somebody changed them."""
+        return j in self.attachment.aliased or values[0].is_inference()
 
     def _keep(self, j: int, output: Any) -> None:
         entry, values = self._entry(j), _pack(output)
-        if j in self.attachment.aliased:
-            values = tuple(v.clone() for v in values)
-        values = tuple(v.detach() for v in values)
-        if self.counter is not None:
-            self.first_values += [(j, v, v.clone()) for v in values]
+        values = tuple(v.detach().clone() if self._copies(j, values) else v.detach() for v in values)
         entry.single, entry.signature = isinstance(output, Tensor), self.signature
         self.recipe.fill.keep(entry, values, self.step)
+        entry.versions = _versions(entry)
         self.kept = True
 
     def _measured(self, j: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -284,6 +293,11 @@ def _guidance_halves(sample: Tensor | None) -> int:
         return 1
     first, second = sample.chunk(2)
     return 2 if torch.equal(first, second) else 1
+
+
+def _versions(entry: Entry) -> tuple[int, ...]:
+    """Change counters of everything that is kept; torch raises them with every change in place."""
+    return tuple(0 if t.is_inference() else t._version for value in entry.values for t in value)
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ class Attachment:
         self.scorer: dict[int, int] = {}
         for block in self.description.blocks:
             scorers = [j for j in block.sites if self.entry(j).site.kind == "attention"]
-            self.scorer |= {j: scorers[0] for j in block.sites if scorers and self.entry(j).site.tokenwise}
+            self.scorer |= {j: scorers[0] for j in block.sites if scorers and self.entry(j).site.selectable}
 
     def entry(self, j: int) -> SiteModule:
         return self.description.entries[j]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +20,11 @@ class Part:
     """
 
     registry: ClassVar[dict[str, type[Part]]] = {}
+
+    def __post_init__(self) -> None:
+        """Numbers of numpy become plain ones, lists tuples: what a caller changes later does not reach the part."""
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -41,8 +47,8 @@ class Part:
             ValueError: unknown type or parameter, or a value out of range.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("type"), str):
-            raise ValueError(f"a {cls.__name__.lower()} is saved as an object with a 'type', not {data!r:.80}")
-        known = {n: c for n, c in Part.registry.items() if issubclass(c, cls) and dataclasses.is_dataclass(c)}
+            raise ValueError(f"a {cls.__name__.lower()} is saved as an object with a 'type', not {show(data)}")
+        known = answers(cls)
         part = known.get(data["type"])
         if part is None:
             raise ValueError(f"unknown {cls.__name__.lower()} {data['type']!r}; known: {', '.join(sorted(known))}")
@@ -52,9 +58,30 @@ class Part:
         if unknown:
             raise ValueError(f"{data['type']} has no parameter {unknown[0]!r}; known: {', '.join(sorted(names))}")
         try:
-            return part(**values)  # type: ignore[return-value]
+            return part(**values)
         except TypeError as error:
             raise ValueError(f"damaged {data['type']}: {error}") from None
+
+
+def answers(kind: type[PartType]) -> dict[str, type[PartType]]:
+    """The parts of a kind by name, without the interface itself."""
+    parts = Part.registry.items()
+    return {n: c for n, c in parts if issubclass(c, kind) and c is not kind and dataclasses.is_dataclass(c)}
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy as Python's own, lists and arrays as tuples."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(v) for v in value)
+    return value
+
+
+def show(value: Any) -> str:
+    """A value in a message: one line, not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -62,29 +89,28 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
         limit = f"{low} or more" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be a whole number, {limit}; got {value!r}")
+        raise ValueError(f"{name} must be a whole number, {limit}; got {show(value)}")
 
 
-def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, open_ends: bool = False
-) -> None:
-    """Raises a ValueError that names the value unless it is a finite number in [low, high] (or in between)."""
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raises a ValueError that names the value unless it is a finite number in [low, high]."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    inside = number and math.isfinite(value) and (low < value < high if open_ends else low <= value <= high)
+    # a whole number too large for a float is not finite either
+    inside = number and abs(value) <= sys.float_info.max and low <= value <= high
     if not inside:
         limit = f"between {low:g} and {high:g}"
         if not math.isfinite(high):
-            limit = f"{'above' if open_ends else 'at least'} {low:g}" if math.isfinite(low) else "finite"
-        raise ValueError(f"{name} must be a number {limit}; got {value!r}")
+            limit = f"at least {low:g}" if math.isfinite(low) else "that is finite"
+        raise ValueError(f"{name} must be a number {limit}; got {show(value)}")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Raises a ValueError that names the value and the choices unless it is one of them."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {show(value)}")
 
 
 def check_bool(name: str, value: Any) -> None:
     """Raises a ValueError that names the value unless it is True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} must be True or False; got {value!r}")
+        raise ValueError(f"{name} must be True or False; got {show(value)}")

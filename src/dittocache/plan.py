@@ -6,6 +6,7 @@ sharing and comparing all work on this one object.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .parts import check_int, check_number, show
 
 COMPUTE = 1.0
 REUSE = 0.0
@@ -45,6 +48,11 @@ class Site:
     order: int
     tokenwise: bool = False
 
+    @property
+    def selectable(self) -> bool:
+        """Whether a recipe may compute some of its tokens only. Text is never thinned out."""
+        return self.tokenwise and self.kind == "feed-forward"
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -75,22 +83,30 @@ class Plan:
     def __post_init__(self) -> None:
         try:
             table = np.array(self.table, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"a plan's table must be an array of numbers: {error}") from None
+        except (TypeError, ValueError):
+            raise ValueError(f"a plan's table must be an array of numbers; got {show(self.table)}") from None
         if table.ndim != 2:
             raise ValueError(f"a plan's table has 2 dimensions [steps, sites], not {table.ndim}")
+        for name in ("sites", "kinds"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"a plan's {name} are a list of names; got {getattr(self, name)!r}")
         sites = tuple(str(s) for s in self.sites)
-        steps = tuple(int(s) for s in self.steps) or tuple(range(len(table)))
-        kinds = tuple(self.kinds) or ("",) * len(sites)
+        steps = tuple(self.steps) or tuple(range(len(table)))
+        kinds = tuple(str(kind) for kind in self.kinds) or ("",) * len(sites)
+        for k in steps:
+            check_int("a plan's step", k, 0)
+        if any(after <= before for before, after in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"a plan names its steps once and in order; got {show(steps)}")
         for what, size in (("steps", len(steps)), ("sites", len(sites))):
             if size != table.shape[what == "sites"]:
-                raise ValueError(
-                    f"the plan's table is {table.shape[0]} x {table.shape[1]}, but there are {size} {what}"
-                )
+                rows, columns = table.shape
+                raise ValueError(f"the plan's table is {rows} x {columns}, but there are {size} {what}")
         if len(set(sites)) != len(sites):
             raise ValueError("a plan names every site once")
         if len(kinds) != len(sites) or (self.flops is not None and len(self.flops) != len(sites)):
-            raise ValueError(f"kinds and flops need one entry for each of the {len(sites)} sites")
+            raise ValueError(f"a plan's kinds and flops need one entry for each of the {len(sites)} sites")
+        for flops in (*(self.flops or ()), self.flops_rest):
+            check_number("a plan's flops", flops, 0)
         bad = ~((table >= 0) & (table <= 1))
         if bad.any():
             k, s = np.argwhere(bad)[0]
@@ -98,8 +114,10 @@ class Plan:
         if self.fills is not None and len(self.fills) != len(steps):
             raise ValueError(f"the plan names {len(self.fills)} fills for {len(steps)} steps")
         table.setflags(write=False)
+        steps = tuple(int(k) for k in steps)
         for name, value in (("table", table), ("sites", sites), ("steps", steps), ("kinds", kinds)):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "meta", copy.deepcopy(dict(self.meta)))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -163,19 +181,25 @@ class Plan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(f"not a plan: format is {found!r}, expected {FORMAT!r}")
+        for name in ("steps", "sites", "kinds", "table"):
+            if not isinstance(data.get(name, []), list):
+                raise ValueError(f"damaged plan: {name} must be a list; got {show(data[name])}")
+        if not isinstance(data.get("meta", {}), Mapping):
+            raise ValueError(f"damaged plan: meta must be an object; got {show(data['meta'])}")
         try:
             flops, fills = data.get("flops"), data.get("fills")
+            empty = np.zeros((0, len(data["sites"])))
             return cls(
-                table=np.array(data["table"], dtype=np.float64).reshape(len(data["steps"]), len(data["sites"])),
-                sites=tuple(data["sites"]),
+                table=data["table"] if data["steps"] else empty,
+                sites=data["sites"],
                 steps=tuple(data["steps"]),
-                kinds=tuple(data.get("kinds", ())),
-                flops=None if flops is None else tuple(float(f) for f in flops),
-                flops_rest=float(data.get("flops_rest", 0.0)),
+                kinds=data.get("kinds", ()),
+                flops=None if flops is None else tuple(flops),
+                flops_rest=data.get("flops_rest", 0.0),
                 fills=None if fills is None else tuple(fills),
                 meta=dict(data.get("meta", {})),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"damaged plan: {error!r}") from None
 
     def to_json(self) -> str:
@@ -185,7 +209,7 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"damaged plan: not JSON ({error})") from None
         return cls.from_dict(data)
 

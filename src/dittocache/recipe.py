@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -21,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from . import __version__
 from .fill import Fill, Hold
 from .fix import Fix
-from .parts import Part, check_bool, check_choice, check_int, check_number
+from .parts import answers, check_bool, check_choice, check_int, check_number, plain, show
 from .plan import COMPUTE, REUSE, Plan
 from .when import Table, When
 from .which import Which
@@ -29,6 +30,7 @@ from .which import Which
 FORMAT = "dittocache-recipe-1"
 FILE, ARRAYS = "recipe.json", "recipe.safetensors"
 WHERE = ("module", "attention", "feed-forward")
+PARTS = ("when", "which", "fill", "fix")
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,15 @@ class Recipe:
             ("fix", Fix, True),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kind) and not (optional and value is None):
-                known = sorted(
-                    n for n, c in Part.registry.items() if issubclass(c, kind) and dataclasses.is_dataclass(c)
-                )
-                raise ValueError(f"{name} must be one of {', '.join(known) or 'none yet'}; got {value!r:.80}")
+            if (not isinstance(value, kind) or type(value) is kind) and not (optional and value is None):
+                known = ", ".join(sorted(answers(kind))) or "none yet"
+                raise ValueError(f"{name} must be one of {known}; got {show(value)}")
+        if not isinstance(self.method, (str, types.NoneType)):
+            raise ValueError(f"method must be the name of a method, or None; got {show(self.method)}")
+        for name in ("params", "provenance"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a dictionary; got {show(getattr(self, name))}")
+            object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
         if isinstance(self.when, Table):
             partial = (self.when.plan.table > REUSE) & (self.when.plan.table < COMPUTE)
             if partial.any() and self.which is None:
@@ -112,20 +118,22 @@ class Recipe:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise ValueError(f"not a recipe: format is {found!r}, expected {FORMAT!r}")
-        if "when" not in data:
+        names = {"format", *(f.name for f in dataclasses.fields(cls))}
+        unknown = sorted(str(name) for name in set(data) - names)
+        if unknown:
+            raise ValueError(f"damaged recipe: unknown entry {unknown[0]!r}; known: {', '.join(sorted(names))}")
+        if data.get("when") is None:
             raise ValueError("damaged recipe: 'when' is missing")
         parts: dict[str, Any] = {}
         for name, kind in (("when", When), ("which", Which), ("fill", Fill), ("fix", Fix)):
             if data.get(name) is not None:
                 parts[name] = kind.from_dict(data[name])
-        params, provenance = data.get("params", {}), data.get("provenance", {})
-        if not isinstance(params, Mapping) or not isinstance(provenance, Mapping):
-            raise ValueError("damaged recipe: 'params' and 'provenance' must be objects")
+        params = data.get("params", {})
         return cls(
             where=data.get("where", "module"),
             method=data.get("method"),
-            params={k: tuple(v) if isinstance(v, list) else v for k, v in params.items()},
-            provenance=provenance,
+            params={k: plain(v) for k, v in params.items()} if isinstance(params, Mapping) else params,
+            provenance=data.get("provenance", {}),
             **parts,
         )
 
@@ -136,7 +144,9 @@ class Recipe:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {}
-        data = _set_aside(self.to_dict(), "", arrays)
+        data = self.to_dict()
+        for part in PARTS:
+            data[part] = _set_aside(data[part], part, arrays)
         data["provenance"] = {**_versions(), **data["provenance"]}
         if arrays:
             save_file(arrays, folder / ARRAYS)
@@ -178,9 +188,10 @@ class Recipe:
         try:
             data = json.loads((folder / FILE).read_text(encoding="utf-8"))
             arrays = load_file(folder / ARRAYS) if (folder / ARRAYS).is_file() else {}
-            data = _put_back(data, arrays)
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, OSError) as error:
-            raise ValueError(f"damaged recipe in {str(name)!r}: {error}") from None
+            if isinstance(data, dict):
+                data |= {part: _put_back(data[part], arrays) for part in PARTS if part in data}
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError, OSError) as error:
+            raise ValueError(f"damaged recipe in {str(name)!r}: {show(error)}") from None
         return cls.from_dict(data)
 
 
@@ -203,6 +214,8 @@ def _put_back(value: Any, arrays: Mapping[str, Any]) -> Any:
     """Inverse of `_set_aside`."""
     if isinstance(value, dict):
         if set(value) == {"array"}:
+            if not isinstance(value["array"], str) or value["array"] not in arrays:
+                raise ValueError(f"damaged recipe: array {show(value['array'])} is missing from {ARRAYS}")
             return arrays[value["array"]].tolist()
         return {k: _put_back(v, arrays) for k, v in value.items()}
     return value
@@ -271,7 +284,7 @@ class Method:
                 )
             self.parameters[name].check(value)
         values = {name: p.default for name, p in self.parameters.items()} | params
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        values = {k: plain(v) for k, v in values.items()}
         return dataclasses.replace(self.build(**values), method=self.name, params=values)
 
 

@@ -51,14 +51,20 @@ class Run:
         self.calls = np.zeros((num_steps, len(self.sites)), dtype=np.int64)
         self.generator = torch.Generator().manual_seed(getattr(self.recipe.which, "seed", 0))
         self.bytes_peak = 0
+        self.cost_key: Any = None  # input shape under which the FLOPs were measured
         self.notes: list[str] = []
 
     def _codes(self) -> list[list[float | None]]:
         """The schedule with PARTIAL kept only where tokens can be computed on their own, as rows over all sites."""
         used = [self.sites[j] for j in self.used]
         table = np.asarray(self.recipe.when.table(self.num_steps, used), dtype=np.float64)
-        tokenwise = np.array([site.tokenwise for site in used]) & (self.recipe.which is not None)
-        table = np.where((table == PARTIAL) & ~tokenwise, REUSE, table)
+        selectable = np.array([site.selectable for site in used]) & (self.recipe.which is not None)
+        table = np.where((table == PARTIAL) & ~selectable, REUSE, table)
+        some = ((table > REUSE) & (table < COMPUTE) & ~selectable).any(0)
+        if some.any():
+            name = used[int(np.flatnonzero(some)[0])].name
+            reason = "needs a recipe with `which`" if self.recipe.which is None else "is not a token-wise feed-forward"
+            raise ValueError(f"the schedule computes some tokens of {name!r}, which {reason}")
         codes: list[list[float | None]] = []
         for row in table.tolist():
             full: list[float | None] = [None] * len(self.sites)
@@ -69,7 +75,7 @@ class Run:
 
     # ---- clock ------------------------------------------------------------------------------------------------------
     def __enter__(self) -> Run:
-        _active.set((*(run for run in _active.get() if run.owner is not self.owner), self))
+        _active.set((*(run for run in _active.get() if run is not self), self))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -95,6 +101,8 @@ class Run:
         if not isinstance(branch, int) or isinstance(branch, bool) or branch < 0:
             raise ValueError(f"branch must be a whole number, 0 or more; got {branch!r}")
         self.step_index, self.branch = int(index), branch - 1
+        if self in _active.get():
+            self.__enter__()  # the next forward is this run's, whichever was at work before
 
     def advance(self) -> None:
         """The next step begins."""
@@ -146,7 +154,7 @@ class Run:
         k = list(done) if len(done) else []
         calls = self.calls[k][:, self.used]
         table = np.where(calls > 0, self.shares[k][:, self.used] / np.maximum(calls, 1), REUSE)
-        flops, rest = self.owner.flops(self.used, max(self.branches, 1))
+        flops, rest = self.owner.flops(self.cost_key, self.used, max(self.branches, 1))
         meta: dict[str, Any] = {"num_steps": self.num_steps, "branches": self.branches}
         if self.timesteps is not None:
             meta["timesteps"] = [self.timesteps[i] for i in k if i < len(self.timesteps)]
@@ -167,7 +175,8 @@ class Run:
         self.ended = True
         self.suspend()
         self.entries.clear()
-        if self.calls.any() and (self.shares == self.calls).all():
+        complete = self.calls[-1].any()
+        if complete and (self.shares == self.calls).all():
             self.note(f"{self.recipe.describe()} is on, but this run of {self.num_steps} steps skipped nothing")
 
 

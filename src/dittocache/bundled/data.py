@@ -98,7 +98,10 @@ def fetch_fonts(folder: Path, packages: Iterable[str] = PACKAGES) -> dict[str, s
         if not target.exists():
             partial = target.with_name(package + ".part")
             shutil.rmtree(partial, ignore_errors=True)
-            subprocess.run(["dpkg", "-x", str(archive), str(partial)], check=True)
+            partial.mkdir(parents=True)
+            done = subprocess.run(["dpkg", "-x", str(archive), str(partial)], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"dpkg could not unpack {archive} (delete it and try again): {done.stderr.strip()}")
             partial.rename(target)
     return versions
 

@@ -61,14 +61,15 @@ def pareto(points: Sequence[Point], line: str, width: int, height: int) -> Marku
     Points of one method are joined; every point has its label beside it, its spread as a thin bar, and a `<title>`.
     """
     left, right, top, bottom = 46, 14, 40, 46
-    highest = max(p.x_high for p in points)
+    x_start = min(1.0, math.floor(4 * min(p.x_low for p in points)) / 4)
+    highest = max(1.1, *(p.x_high for p in points))
     x_end = highest + 0.06 * (highest - 1)
     low, high = min(p.y for p in points), max(p.y for p in points)
     y_start, y_end = low - 0.1 * (high - low) - 0.5, high + 0.1 * (high - low) + 0.5
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
-            left + (x - 1) / (x_end - 1) * (width - left - right),
+            left + (x - x_start) / (x_end - x_start) * (width - left - right),
             top + (y_end - y) / (y_end - y_start) * (height - top - bottom),
         )
 
@@ -77,7 +78,7 @@ def pareto(points: Sequence[Point], line: str, width: int, height: int) -> Marku
         f'<svg viewBox="0 0 {width} {height}" role="group" class="chart" '
         'aria-label="Measured speed-up against PSNR; one point for every way of drawing">'
     ]
-    for tick in ticks(1, x_end, width / 80):
+    for tick in ticks(x_start, x_end, width / 60):
         x, _ = at(tick, y_start)
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{floor}"/>')
         out.append(f'<text class="tick" x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{tick:g}×</text>')
@@ -100,10 +101,10 @@ def pareto(points: Sequence[Point], line: str, width: int, height: int) -> Marku
         out.append(f'<path class="join {look}" d="M{path}"/>')
         segments += [(*a, *b) for a, b in itertools.pairwise(run)]
         if method == line:
-            (x0, y0), (x1, y1) = (left, top), run[0]
-            out.append(f'<line class="origin" x1="{x0}" x2="{x1:.1f}" y1="{y0}" y2="{y1:.1f}"/>')
-            out.append(f'<text class="tick" x="{left + 5}" y="{top - 6}">uncached, 1×</text>')
-            segments += [(x0, y0, x1, y1), (left, top - 10, left + 90, top - 10)]
+            (x0, _), y0, (x1, y1) = at(1, y_end), float(top), run[0]
+            out.append(f'<line class="origin" x1="{x0:.1f}" x2="{x1:.1f}" y1="{y0}" y2="{y1:.1f}"/>')
+            out.append(f'<text class="tick" x="{x0 + 5:.1f}" y="{top - 6}">uncached, 1×</text>')
+            segments += [(x0, y0, x1, y1), (x0, top - 10, x0 + 90, top - 10)]
     segments += [(*at(p.x_low, p.y), *at(p.x_high, p.y)) for p in points]
 
     labels = place_labels([p.label for p in points], placed, segments, (left, top, edge, floor))
@@ -139,7 +140,7 @@ def place_labels(
     frame: Box,
     size: float = 13.0,
 ) -> list[tuple[float, float, str]]:
-    """(x, y, anchor) of a text beside every point, where it covers least: other texts, points, joining lines, the frame.
+    """(x, y, anchor) of a text beside every point, where it covers least of other texts, points, lines and the frame.
 
     Greedy, crowded points first; widths are estimated from the number of characters.
     """
@@ -215,25 +216,18 @@ def heat_map(plan: Plan, look: str, title: str, width: int = 360) -> Markup:
         top += heading
         for row, column in enumerate(columns):
             y = top + row * height
+            box = f"h{cell_w - 0.8:.1f}v{height - 0.8:.1f}h{0.8 - cell_w:.1f}z"
             for step, share in enumerate(plan.table[:, column]):
-                cells.setdefault(round(float(share), 3), []).append(
-                    f"M{left + step * cell_w + 0.4:.1f} {y + 0.4:.1f}h{cell_w - 0.8:.1f}v{height - 0.8:.1f}h{0.8 - cell_w:.1f}z"
-                )
-        if len(columns) > 1:
-            for row in (0, len(columns) - 1):
-                texts.append(
-                    f'<text class="tick" x="{left - 5:g}" y="{top + (row + 0.5) * height + 3.5:.1f}" text-anchor="end">{row}</text>'
-                )
+                corner = f"M{left + step * cell_w + 0.4:.1f} {y + 0.4:.1f}"
+                cells.setdefault(round(float(share), 3), []).append(corner + box)
+            if len(columns) > 1 and row in (0, len(columns) - 1):
+                texts.append(_tick(row, left - 5, y + height / 2 + 3.5, "end"))
         top += len(columns) * height + gap
     last = len(plan.steps) - 1
-    for step in sorted({*range(0, last, max(1, round(len(plan.steps) / 50) * 10)), last}):
-        if step == last or last - step > 0.08 * last:
-            x = left + (step + 0.5) * cell_w
-            anchor = "end" if step == last else "middle"
-            x = x + cell_w / 2 if step == last else x
-            texts.append(
-                f'<text class="tick" x="{x:.1f}" y="{top + 5:.1f}" text-anchor="{anchor}">{plan.steps[step]}</text>'
-            )
+    for step in range(0, last, max(1, round(len(plan.steps) / 50) * 10)):
+        if last - step > 0.08 * last:
+            texts.append(_tick(plan.steps[step], left + (step + 0.5) * cell_w, top + 5, "middle"))
+    texts.append(_tick(plan.steps[last], float(width), top + 5, "end"))
     paths = [
         f'<path d="{"".join(parts)}" fill-opacity="{shade(share):.2f}"/>' for share, parts in sorted(cells.items())
     ]
@@ -242,6 +236,10 @@ def heat_map(plan: Plan, look: str, title: str, width: int = 360) -> Markup:
         + "".join(paths + texts)
         + "</svg>"
     )
+
+
+def _tick(number: int, x: float, y: float, anchor: str) -> str:
+    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{number}</text>'
 
 
 def step_kinds(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compare import machine, versions
+from .provenance import machine, versions
 
 EXTRAS = {"torchmetrics": "SSIM", "matplotlib": "pictures of plans"}
 
@@ -21,16 +21,21 @@ class Check(NamedTuple):
     found: str
 
 
+def missing_extras() -> str:
+    """What evaluation lacks and how to get it, in one line; empty if nothing."""
+    missing = [f"{name} ({use})" for name, use in EXTRAS.items() if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} missing: pip install 'dittocache[eval]'" if missing else ""
+
+
 def examine(device: str, load: Callable[[], Any]) -> list[Check]:
     """All checks, in order; `load` gives the bundled pipeline on that device."""
     parts = ", ".join(f"{name} {version}" for name, version in versions().items())
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
-    lacking = "; ".join(f"{name} is missing ({EXTRAS[name]}): pip install 'dittocache[eval]'" for name in missing)
+    missing = missing_extras()
     loaded: list[Any] = []
     checks = [
         Check("versions", True, parts),
         Check("device", True, f"{device}: {machine(torch.device(device))}, {torch.get_num_threads()} threads"),
-        Check("extras for evaluation", not missing, lacking or "all there"),
+        Check("extras for evaluation", not missing, missing or "all there"),
         _try("bundled model", lambda: _bundled(load(), loaded)),
     ]
     if loaded:
@@ -67,9 +72,7 @@ def _bundled(pipe: Any, loaded: list[Any]) -> str:
     right = sum(a == b for a, b in zip(read, pipe.get_label_ids(labels), strict=True))
     if right < 8:
         raise ValueError(f"the judge reads {right} of {len(labels)} drawn characters")
-    return (
-        f"loads; {count / 1e6:.1f} M parameters; the judge reads {right} of {len(labels)} characters drawn in 10 steps"
-    )
+    return f"{count / 1e6:.1f} M parameters; the judge reads {right} of {len(labels)} characters drawn in 10 steps"
 
 
 def _skips(pipe: Any) -> str:

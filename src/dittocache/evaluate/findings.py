@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
-from .compare import FEWER_STEPS, UNCACHED, Comparison, Result
+from .comparison import FEWER_STEPS, UNCACHED, Comparison, Result
 
 
 def caching_rows(comparison: Comparison) -> list[Result]:
@@ -23,7 +24,7 @@ def fewer_steps_psnr(comparison: Comparison, speedup: float) -> float | None:
         if r.method == FEWER_STEPS and r.psnr is not None and math.isfinite(r.psnr)
     )
     x = math.log(speedup)
-    for (x0, y0), (x1, y1) in zip(line, line[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return None
@@ -53,8 +54,8 @@ def headline(comparison: Comparison) -> str:
     sure = gain(comparison, row, row.speedup_low)
     if decibels > 0 and (sure is None or sure > 0):
         return (
-            f"{row.label} draws {count} pictures {row.speedup:.1f}× faster, and {decibels:.1f} dB closer to the originals "
-            "than fewer steps in the same time."
+            f"{row.label} draws {count} pictures {row.speedup:.1f}× faster, and {decibels:.1f} dB closer to the "
+            "originals than fewer steps in the same time."
         )
     if decibels > 0:
         return (

@@ -69,6 +69,5 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def _check_pair(pictures: Tensor, references: Tensor) -> None:
     if pictures.ndim != 4 or pictures.shape != references.shape:
-        raise ValueError(
-            f"pictures and references share a shape [n, c, h, w]; got {list(pictures.shape)} and {list(references.shape)}"
-        )
+        shapes = f"{list(pictures.shape)} and {list(references.shape)}"
+        raise ValueError(f"pictures and references share a shape [n, c, h, w]; got {shapes}")

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from ..plan import Plan
 from . import charts, findings
-from .compare import FEWER_STEPS, UNCACHED, Comparison, Result
+from .comparison import FEWER_STEPS, UNCACHED, Comparison, Result
 
 CARD_COLUMNS, CARD_ROWS = 4, 3  # pictures on a card
 DIFFERENCE_RANGE = 0.25  # difference at which the colours of a difference map end

@@ -20,6 +20,7 @@ class Entry:
     Attributes:
         values: the outputs that are kept, newest first; each a tuple of tensors (one, unless the module returns more).
         steps: the steps k at which they were computed.
+        versions: change counters of the tensors when they were stored.
         single: the module returns one tensor, not a tuple.
         signature: shape, dtype and device of the inputs they belong to; other inputs make the entry worthless.
         ages: [batch, tokens] float32, partial calls since a token was computed; None before the first partial call.
@@ -29,6 +30,7 @@ class Entry:
 
     values: list[Features] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    versions: tuple[int, ...] = ()
     single: bool = True
     signature: tuple[Any, ...] = ()
     ages: Tensor | None = None

@@ -28,6 +28,7 @@ class Every(When):
     anchor: str = "end"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("interval", self.interval, 1)
         check_choice("anchor", self.anchor, ("end", "start"))
 
@@ -45,6 +46,7 @@ class Counter(When):
     first_full: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("interval", self.interval, 1)
         check_int("first_full", self.first_full, 1)
 
@@ -64,6 +66,7 @@ class ModuleIntervals(When):
     first_full: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("attention", "cross_attention", "feed_forward", "first_full"):
             check_int(name, getattr(self, name), 1)
 
@@ -85,6 +88,7 @@ class Table(When):
     plan: Plan
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.plan, Plan):
             object.__setattr__(self, "plan", Plan.from_dict(self.plan))
 

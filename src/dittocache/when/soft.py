@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..parts import check_bool, check_choice, check_int, check_number
+from ..parts import check_bool, check_choice, check_int, check_number, show
 from ..plan import COMPUTE, PARTIAL, REUSE, Site
 from .base import When
 
@@ -39,6 +39,7 @@ class SoftInterval(When):
     direction: str = "down"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("interval", self.interval, 1)
         check_number("interval_warp", self.warp, 0, 0.95)
         check_bool("per_block_kind", self.per_block_kind)
@@ -105,8 +106,10 @@ def check_window(name: str, window: Any) -> None:
     try:
         low, high = window
     except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a pair (low, high) of shares of the run, or None; got {window!r}") from None
+        raise ValueError(
+            f"{name} must be a pair (low, high) of shares of the run, or None; got {show(window)}"
+        ) from None
     for end in (low, high):
         check_number(name, end, 0, 1)
     if low > high:
-        raise ValueError(f"{name} must be a pair (low, high) with low <= high; got {window!r}")
+        raise ValueError(f"{name} must be a pair (low, high) with low <= high; got {show(window)}")

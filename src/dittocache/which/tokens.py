@@ -47,6 +47,7 @@ class Which(Part):
     normalized: ClassVar[bool] = True  # base scores are brought to unit L2 norm over the tokens
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("ratio", self.ratio, 0, 1)
         check_choice("ratio_schedule", self.ratio_schedule, SCHEDULES)
         if self.module_ratio_factor is not None:

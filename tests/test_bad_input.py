@@ -1,0 +1,619 @@
+"""Bad input: one clear line each, and nothing changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import nn
+
+import dittocache
+from dittocache import Plan, Recipe, recipe
+from dittocache.when import Every, SoftInterval, Table
+from dittocache.which import ValueNorm
+
+
+@contextlib.contextmanager
+def one_line(*words, error=ValueError):
+    """The block raises one line that holds these words."""
+    with pytest.raises(error) as e:
+        yield
+    text = str(e.value)
+    assert text and "\n" not in text, text
+    for word in words:
+        assert word in text, f"{word!r} is missing in: {text}"
+
+
+@pytest.fixture
+def shared():
+    """A model with a cache on, and what it draws: both must outlive every error."""
+    model, scheduler = tiny.dit(), DDIMScheduler()
+    cache = dittocache.enable(model, "fora", scheduler=scheduler)
+    expected = tiny.sample(model, scheduler, 4)
+    yield model, scheduler, cache, expected, tiny.fingerprint(model)
+    cache.disable()
+
+
+@contextlib.contextmanager
+def nothing_changed(shared):
+    model, scheduler, cache, expected, before = shared
+    yield model
+    assert tiny.fingerprint(model) == before and cache.enabled
+    assert torch.equal(tiny.sample(model, scheduler, 4), expected)
+    assert cache.trace.compute_fraction < 0.9
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["", "foraa", "FORA", "fora ", "none\n", "../fora", "teacach\u00e9"])
+def test_unknown_method(shared, name):
+    with nothing_changed(shared) as model, one_line(repr(name)):
+        dittocache.enable(model, name)
+    with one_line("unknown method", repr(name), "fora", "toca", "duca"):
+        recipe(name)
+
+
+@pytest.mark.parametrize(
+    "what", [None, 3, 0.5, ["fora"], {"interval": 3}, Every(3), torch.zeros(2)], ids=lambda v: type(v).__name__
+)
+def test_not_a_recipe(shared, what):
+    with nothing_changed(shared) as model, one_line(type(what).__name__, "Recipe", error=(TypeError, ValueError)):
+        dittocache.enable(model, what)
+    with one_line("unknown method", "fora"):
+        recipe(what)
+
+
+@pytest.mark.parametrize("method", ["none", "fora", "toca", "duca"])
+@given(name=st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=20))
+def test_unknown_parameter(method, name):
+    known = dittocache.methods()[method].parameters
+    assume(name not in known and name != "name")
+    with one_line(method, repr(name), *(known or ["none"])):
+        recipe(method, **{name: 3})
+
+
+def test_unknown_parameter_changes_nothing(shared):
+    with nothing_changed(shared) as model, one_line("toca", "'intervall'", "interval", "ratio"):
+        dittocache.enable(model, "toca", intervall=4)
+
+
+@pytest.mark.parametrize(
+    "what", [Recipe(when=Every(3)), Plan([[1.0]], ("a",)), "some/folder"], ids=["recipe", "plan", "folder"]
+)
+def test_parameters_without_a_method(shared, what):
+    with nothing_changed(shared) as model, one_line("'interval'", "fora"):
+        dittocache.enable(model, what, interval=3)
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+NOT_NUMBERS = [
+    None,
+    True,
+    False,
+    "3",
+    "",
+    "three",
+    [],
+    [3],
+    (3,),
+    {},
+    {3},
+    object,
+    3j,
+    b"3",
+    np.array([1, 2]),
+    np.array([[1], [2]]),
+    torch.tensor([[3], [4]]),
+]
+NOT_FINITE = [float("nan"), float("inf"), -float("inf"), np.float32("nan"), np.float64("inf")]
+INTS = {
+    "fora": ["interval"],
+    "toca": ["interval", "spatial_grid", "layer_divisor"],
+    "duca": ["interval", "spatial_grid", "layer_divisor"],
+}
+NUMBERS = {
+    "ratio": (0, 1),
+    "soft_weight": (0, math.inf),
+    "spatial_bonus": (0, math.inf),
+    "interval_warp": (0, 0.95),
+    "module_ratio_factor": (-math.inf, math.inf),
+}
+OPTIONAL = {"layer_divisor", "spatial_bonus", "module_ratio_factor", "sensitive_window"}
+INT_PAIRS = [(m, p) for m, ps in INTS.items() for p in ps]
+
+
+@pytest.mark.parametrize(("method", "name"), INT_PAIRS)
+@given(
+    value=st.one_of(
+        st.integers(max_value=0), st.floats(), st.text(max_size=5), st.sampled_from(NOT_NUMBERS + NOT_FINITE)
+    )
+)
+@example(3.0)
+@example(-(10**400))
+def test_whole_numbers(method, name, value):
+    assume(not (value is None and name in OPTIONAL))
+    with one_line(name, "1 or more"):
+        recipe(method, **{name: value})
+
+
+@pytest.mark.parametrize("method", ["toca", "duca"])
+@pytest.mark.parametrize("name", NUMBERS)
+@given(
+    value=st.one_of(
+        st.floats(), st.integers(-(10**30), 10**30), st.text(max_size=5), st.sampled_from(NOT_NUMBERS + NOT_FINITE)
+    )
+)
+@example(float("nan"))
+@example(10**400)
+@example(-(10**400))
+@example(-1e-300)
+@example(1.0000000000000002)
+def test_numbers(method, name, value):
+    low, high = NUMBERS[name]
+    number = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+    inside = number and low <= value <= high and abs(value) <= sys.float_info.max
+    if inside or (value is None and name in OPTIONAL):
+        recipe(method, **{name: value})
+    else:
+        with one_line(name):
+            recipe(method, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["per_block_kind", "share_guidance_indices"])
+@pytest.mark.parametrize("value", [0, 1, None, "True", "", 1.0, [], float("nan")], ids=repr)
+def test_true_or_false(name, value):
+    with one_line(name, "True or False", repr(value)):
+        recipe("toca", **{name: value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.5,
+        True,
+        "ab",
+        "0.2,0.4",
+        (),
+        (0.2,),
+        (0.2, 0.3, 0.4),
+        (0.4, 0.2),
+        (-0.1, 0.2),
+        (0.2, 1.1),
+        (0, float("nan")),
+        ("0.2", "0.4"),
+        (None, None),
+        (True, False),
+        {"low": 0.2, "high": 0.4},
+        [[0.1, 0.2]],
+        np.zeros((3, 2)),
+    ],
+    ids=repr,
+)
+def test_windows(value):
+    with one_line("sensitive_window"):
+        recipe("toca", sensitive_window=value)
+    with one_line("sensitive_window"):
+        SoftInterval(3, sensitive_window=value)
+
+
+CHOICES = {"selector": "value-norm", "ratio_schedule": "ddim50"}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@given(
+    value=st.one_of(
+        st.text(max_size=12),
+        st.integers(),
+        st.none(),
+        st.sampled_from([["attention"], {"a": 1}, True, b"attention", "Attention", "attention "]),
+    )
+)
+def test_choices(name, value):
+    assume(value not in ("attention", "random", "norm", "constant", "linear", "exp"))
+    with one_line(name, CHOICES[name], repr(value)):
+        recipe("toca", **{name: value})
+
+
+@pytest.mark.parametrize("anchor", ["", "END", "middle", None, 0, True])
+def test_anchor(anchor):
+    with one_line("anchor", "end", "start", repr(anchor)):
+        recipe("fora", anchor=anchor)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "words"),
+    [
+        ("fora", {"interval": 0}, ["interval", "0"]),
+        ("fora", {"interval": True}, ["interval", "True"]),
+        ("fora", {"interval": "3"}, ["interval", "'3'"]),
+        ("toca", {"ratio": 1.01}, ["ratio", "1.01"]),
+        ("toca", {"ratio": float("nan")}, ["ratio", "nan"]),
+        ("toca", {"ratio": -0.1}, ["ratio", "-0.1"]),
+        ("duca", {"ratio": float("inf")}, ["ratio", "inf"]),
+        ("duca", {"selector": "best"}, ["selector", "'best'", "attention", "value-norm", "random"]),
+        ("toca", {"ratio_schedule": "cosine"}, ["ratio_schedule", "'cosine'", "ddim50"]),
+    ],
+)
+def test_bad_values_change_nothing(shared, method, params, words):
+    with nothing_changed(shared) as model, one_line(*words):
+        dittocache.enable(model, method, **params)
+
+
+@given(value=st.sampled_from([0, -1, 2.5, True, None, "3", float("nan")]))
+def test_parts_check_their_own_parameters(value):
+    with one_line("interval"):
+        Every(value)
+    with one_line("interval"):
+        SoftInterval(value)
+    with one_line("interval"):
+        ValueNorm(interval=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("when", None),
+        ("when", "fora"),
+        ("when", ValueNorm()),
+        ("which", Every(3)),
+        ("which", "attention"),
+        ("fill", "hold"),
+        ("fill", None),
+        ("fix", 3),
+        ("where", "everywhere"),
+        ("where", None),
+        ("where", 3),
+    ],
+)
+def test_parts_of_the_wrong_sort(name, value):
+    with one_line(name, "must be one of"):
+        Recipe(**({"when": Every(3)} | {name: value}))
+
+
+# ---- targets --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "target", [None, 3, "model", [], {}, DiTTransformer2DModel, DDIMScheduler()], ids=lambda v: type(v).__name__
+)
+def test_not_a_target(target):
+    with one_line(type(target).__name__, "pipeline", error=TypeError):
+        dittocache.enable(target, "fora")
+    dittocache.disable(target)  # harmless
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.TransformerEncoderLayer(8, 2, 8)],
+    ids=lambda m: type(m).__name__,
+)
+def test_a_module_without_blocks(module):
+    before = tiny.fingerprint(module)
+    with one_line(type(module).__name__, "nothing to cache"):
+        dittocache.enable(module, "fora")
+    assert tiny.fingerprint(module) == before
+
+
+def test_a_pipeline_without_a_transformer():
+    from diffusers import DiffusionPipeline
+
+    class Empty(DiffusionPipeline):
+        def __init__(self, scheduler):
+            super().__init__()
+            self.register_modules(scheduler=scheduler)
+
+    pipe = Empty(DDIMScheduler())
+    with one_line("Empty", "transformer"):
+        dittocache.enable(pipe, "fora")
+    assert type(pipe) is Empty and type(pipe.scheduler) is DDIMScheduler
+
+
+def test_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8
+        )
+    with one_line("meta device", "DiTTransformer2DModel"):
+        dittocache.enable(model, "fora")
+    assert not tiny.traces_of_cache(model)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [3, "ddim", DDIMScheduler, object()], ids=lambda v: getattr(v, "__name__", type(v).__name__)
+)
+def test_not_a_scheduler(shared, scheduler):
+    with nothing_changed(shared) as model, one_line("scheduler", "set_timesteps", error=TypeError):
+        dittocache.enable(model, "fora", scheduler=scheduler)
+
+
+def foreign_caches():
+    from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+    from diffusers.hooks import FasterCacheConfig
+
+    return {
+        "FirstBlockCache": FirstBlockCacheConfig(threshold=0.1),
+        "PAB": PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        ),
+        "FasterCache": FasterCacheConfig(current_timestep_callback=lambda: 500, is_guidance_distilled=True),
+    }
+
+
+@pytest.mark.parametrize("name", ["FirstBlockCache", "PAB", "FasterCache"])
+def test_a_diffusers_cache_that_is_already_on(name):
+    model = tiny.flux()
+    model.enable_cache(foreign_caches()[name])
+    before = tiny.fingerprint(model)
+    with one_line("diffusers cache is already on", "disable_cache", error=RuntimeError):
+        dittocache.enable(model, "fora")
+    assert tiny.fingerprint(model) == before
+    model.disable_cache()
+    with dittocache.enable(model, "fora") as cache:
+        tiny.predictions(model, cache, 4)
+        assert cache.trace.compute_fraction < 1
+
+
+def test_an_error_leaves_no_hook_on_a_fresh_model(model):
+    before, plain = tiny.fingerprint(model), tiny.sample(model, steps=2)
+    bad = [
+        ("nothing", {}),
+        ("fora", {"interval": 0}),
+        ("toca", {"selector": "x"}),
+        ("fora", {"scheduler": 3}),
+        (Plan([[0.0]], ("nowhere",)), {}),
+        (Plan([[0.5]], ("transformer_blocks.0.ff",)), {}),
+        (7, {}),
+    ]
+    for what, params in bad:
+        with pytest.raises((ValueError, TypeError)):
+            dittocache.enable(model, what, **params)
+    assert tiny.fingerprint(model) == before and not tiny.traces_of_cache(model)
+    assert torch.equal(tiny.sample(model, steps=2), plain)
+
+
+def test_an_error_leaves_a_pipeline_and_its_cache_alone(pipe):
+    cache = dittocache.enable(pipe, "fora")
+    expected, before = tiny.draw(pipe), tiny.fingerprint(pipe)
+    for what, params in [("nothing", {}), ("toca", {"ratio": 2}), (Plan([[0.0]], ("nowhere",)), {}), ("./missing", {})]:
+        with pytest.raises(ValueError):
+            dittocache.enable(pipe, what, **params)
+        assert tiny.fingerprint(pipe) == before and cache.enabled
+        assert torch.equal(tiny.draw(pipe), expected)
+    cache.disable()
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+SITES = tuple(f"transformer_blocks.{n}.{m}" for n in range(3) for m in ("attn1", "ff"))
+
+
+def test_a_plan_for_other_sites(shared):
+    with (
+        nothing_changed(shared) as model,
+        one_line("'single_transformer_blocks.0.proj_out'", "transformer_blocks.0.attn1"),
+    ):
+        dittocache.enable(model, Plan([[1.0]], ("single_transformer_blocks.0.proj_out",)))
+
+
+def test_a_plan_for_another_number_of_steps(pipe):
+    plan = Plan(np.ones((4, 6)), SITES)
+    plain = tiny.draw(pipe, 4), tiny.draw(pipe, 6)
+    with dittocache.enable(pipe, plan) as cache:
+        with one_line("4 steps", "6"):
+            tiny.draw(pipe, 6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(tiny.draw(pipe, 4), plain[0])
+        with one_line("4 steps", "7"):
+            cache.run(7)
+    assert torch.equal(tiny.draw(pipe, 6), plain[1]) and not tiny.traces_of_cache(pipe.transformer)
+
+
+def test_a_partial_plan_without_a_selector(shared):
+    plan = Plan(np.full((4, 6), 0.5), SITES)
+    with nothing_changed(shared) as model, one_line("which", "ValueNorm"):
+        dittocache.enable(model, plan)
+
+
+def test_a_partial_plan_of_what_is_not_token_wise(shared):
+    recipe_of = Recipe(when=Table(Plan([[1.0], [0.5]], ("transformer_blocks.0.attn1",))), which=ValueNorm())
+    with nothing_changed(shared) as model, one_line("'transformer_blocks.0.attn1'", "token-wise"):
+        dittocache.enable(model, recipe_of)
+
+
+def test_a_where_that_matches_nothing():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})])
+
+    with one_line("'attention'", "Net", "feed-forward"):
+        dittocache.enable(Net(), Recipe(when=Every(3), where="attention"))
+    with one_line("attention", "Net"):
+        dittocache.enable(Net(), "toca", selector="attention")
+
+
+# ---- saved recipes --------------------------------------------------------------------------------------------------
+GOOD = recipe("toca", ratio=0.2, selector="value-norm")
+TEXT = json.dumps(GOOD.to_dict(), indent=2)
+
+
+def write(folder, text):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def replaced(**changes):
+    """The good recipe with entries replaced; `when.interval` is spelt `when__interval`."""
+    data = json.loads(TEXT)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        inner = data
+        for p in parents:
+            inner = inner[p]
+        if value is ...:
+            del inner[last]
+        else:
+            inner[last] = value
+    return json.dumps(data)
+
+
+NAN = float("nan")
+PLAN = Plan([[1.0]], ("a",)).to_dict()
+
+
+def with_table(table):
+    """The good recipe with a plan in place of its schedule, and this in place of the plan's table."""
+    return replaced(when={"type": "Table", "plan": PLAN | {"table": table}})
+
+
+DAMAGED = {
+    "empty": ("", ["damaged"]),
+    "blank": (" \n", ["damaged"]),
+    "not JSON": ("interval: 3", ["damaged"]),
+    "not text": (b"\xff\xfe\x00\x81", ["damaged"]),
+    "a list": ("[1, 2]", ["not a recipe", "list"]),
+    "a number": ("3", ["not a recipe", "int"]),
+    "null": ("null", ["not a recipe"]),
+    "nested too deep": ("[" * 100_000, ["damaged"]),
+    "no format": (replaced(format=...), ["not a recipe", "None"]),
+    "another format": (replaced(format="peft-1"), ["not a recipe", "'peft-1'", "dittocache-recipe-1"]),
+    "a newer format": (replaced(format="dittocache-recipe-2"), ["dittocache-recipe-2"]),
+    "no when": (replaced(when=...), ["when"]),
+    "when null": (replaced(when=None), ["when"]),
+    "when text": (replaced(when="every"), ["when", "'every'"]),
+    "when empty": (replaced(when={}), ["when"]),
+    "unknown when": (replaced(when__type="Evry"), ["'Evry'", "Every"]),
+    "a which for a when": (replaced(when={"type": "ValueNorm"}), ["'ValueNorm'", "Every"]),
+    "unknown which": (replaced(which__type="KeyNorm"), ["'KeyNorm'", "ValueNorm"]),
+    "an interface for a which": (replaced(which__type="Which"), ["'Which'"]),
+    "unknown fill": (replaced(fill__type="Taylor99"), ["'Taylor99'", "Hold"]),
+    "unknown fix": (replaced(fix={"type": "Noise"}), ["'Noise'"]),
+    "unknown key": (replaced(when__intervall=3), ["'intervall'", "interval"]),
+    "unknown key at the top": (replaced(wherre="module"), ["'wherre'", "where"]),
+    "nan": (replaced(when__warp=NAN), ["interval_warp", "nan"]),
+    "nan ratio": (replaced(which__ratio=NAN), ["ratio", "nan"]),
+    "infinite weight": (replaced(which__soft_weight=float("inf")), ["soft_weight", "inf"]),
+    "text interval": (replaced(when__interval="3"), ["interval", "'3'"]),
+    "bool interval": (replaced(when__interval=True), ["interval", "True"]),
+    "list interval": (replaced(when__interval=[3]), ["interval"]),
+    "null interval": (replaced(when__interval=None), ["interval", "None"]),
+    "huge ratio": (replaced(which__ratio=7), ["ratio", "7"]),
+    "window of three": (replaced(when__sensitive_window=[0.1, 0.2, 0.3]), ["sensitive_window"]),
+    "window of text": (replaced(when__sensitive_window=["a", "b"]), ["sensitive_window"]),
+    "where": (replaced(where="everywhere"), ["where", "'everywhere'", "module"]),
+    "where list": (replaced(where=["module"]), ["where"]),
+    "params list": (replaced(params=[1]), ["params"]),
+    "params null": (replaced(params=None), ["params"]),
+    "provenance text": (replaced(provenance="me"), ["provenance"]),
+    "method list": (replaced(method=["toca"]), ["method"]),
+    "method number": (replaced(method=3), ["method"]),
+    "table of text": (replaced(when={"type": "Table", "plan": "x"}), ["plan"]),
+    "table without plan": (replaced(when={"type": "Table"}), ["Table"]),
+    "table with nan": (with_table([[NAN]]), ["nan"]),
+    "table that does not fit": (with_table([[1], [1]]), ["plan"]),
+    "array that is not there": (with_table({"array": "x"}), ["damaged"]),
+    "array of nothing": (with_table({"array": [1]}), ["damaged"]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_recipes(case, tmp_path):
+    text, words = DAMAGED[case]
+    with one_line(*words):
+        Recipe.from_pretrained(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("case", ["not JSON", "unknown when", "nan", "unknown which", "when null", "method list"])
+def test_damaged_recipes_change_nothing(case, shared, tmp_path):
+    folder = write(tmp_path / "r", DAMAGED[case][0])
+    for target in (folder, str(folder)):
+        with nothing_changed(shared) as model, one_line():
+            dittocache.enable(model, target)
+
+
+@given(cut=st.integers(0, len(TEXT) - 1))
+def test_truncated_recipes(cut, tmp_path_factory):
+    with one_line("damaged"):
+        Recipe.from_pretrained(write(tmp_path_factory.mktemp("cut"), TEXT[:cut]))
+
+
+LEAVES = [
+    "format",
+    "method",
+    "params",
+    "where",
+    "when",
+    "which",
+    "fill",
+    "fix",
+    "provenance",
+    "when__type",
+    "when__interval",
+    "when__warp",
+    "when__sensitive_window",
+    "when__per_block_kind",
+    "when__direction",
+    "which__type",
+    "which__ratio",
+    "which__ratio_schedule",
+    "which__layer_divisor",
+    "which__interval",
+    "which__spatial_bonus",
+    "which__spatial_grid",
+    "which__share_guidance_indices",
+    "fill__type",
+    "params__interval",
+    "params__selector",
+]
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(path=st.sampled_from(LEAVES), junk=JUNK)
+def test_junk_in_a_recipe_is_a_clear_error_or_a_recipe_that_works(path, junk):
+    try:
+        found = Recipe.from_dict(json.loads(replaced(**{path: junk})))
+    except ValueError as error:
+        assert "\n" not in str(error), str(error)
+        return
+    assert found.describe() and "\n" not in found.describe()
+    json.dumps(found.to_dict())
+    model = tiny.dit()
+    with dittocache.enable(model, found) as cache:
+        assert cache.recipe is found
+
+
+@pytest.mark.parametrize("name", ["./missing", "/nowhere/at/all", "~/x", "a/b/c"])
+def test_a_recipe_that_is_not_there(shared, name):
+    with nothing_changed(shared) as model, one_line(repr(name)):
+        dittocache.enable(model, name)
+
+
+def test_a_folder_without_a_recipe(shared, tmp_path):
+    with nothing_changed(shared) as model, one_line("recipe.json", "missing"):
+        dittocache.enable(model, tmp_path)
+
+
+def test_a_damaged_array_file(shared, tmp_path):
+    Recipe(when=Table(Plan(np.ones((4, 6)), SITES))).save_pretrained(tmp_path)
+    arrays = [p for p in tmp_path.iterdir() if p.suffix == ".safetensors"]
+    if not arrays:
+        pytest.skip("tables are kept in JSON")
+    for content in (b"", b"\x00" * 40, arrays[0].read_bytes()[:-9]):
+        arrays[0].write_bytes(content)
+        with nothing_changed(shared) as model, one_line("damaged"):
+            dittocache.enable(model, tmp_path)
+    arrays[0].unlink()
+    with nothing_changed(shared) as model, one_line("damaged"):
+        dittocache.enable(model, tmp_path)

@@ -1,0 +1,89 @@
+"""The benchmarks run, and write what they say; their numbers are nobody's business here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics")
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """`import speed` finds benchmarks/; what a script sets for its whole process is set back."""
+    import logging
+    import warnings
+
+    threads, level = torch.get_num_threads(), logging.getLogger("diffusers").level
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled()):
+        yield
+    torch.set_num_threads(threads)
+    logging.getLogger("diffusers").setLevel(level)
+    for name in ("speed", "per_block_kind"):
+        sys.modules.pop(name, None)
+
+
+def test_speed(benchmarks, tmp_path):
+    import speed
+
+    out = tmp_path / "deep" / "speed.json"
+    args = ["--models", "tiny", "--steps", "6", "--rounds", "2", "--threads", "1", "--out", str(out)]
+    returned = speed.main([*args, "--variants", "none", "fora", "duca value-norm"])
+    data = json.loads(out.read_text(encoding="utf-8"))
+    assert data == json.loads(json.dumps(returned)) and data["provenance"]["threads"] == 1
+    (entry,) = data["models"]
+    assert (entry["steps"], entry["rounds"], entry["tokens"]) == (6, 2, 16)
+    rows = {row["variant"]: row for row in entry["rows"]}
+    assert rows["uncached"]["speedup"] == rows["uncached"]["compute_share"] == 1
+    assert rows["none"]["equal_to_uncached"] and rows["none"]["blocks_computed"] == 1
+    assert rows["fora"]["blocks_computed"] == 0.5  # steps 0, 2, 5
+    assert len(rows["fora"]["seconds"]) == 2 and rows["fora"]["relative_error"] > 0
+    # counted from outside, whatever the cache says of itself
+    assert rows["fora"]["compute_share_counted"] == pytest.approx(rows["fora"]["compute_share"], rel=0.05)
+    # a peer either has numbers or a reason
+    assert all("speedup" in row or len(row["does_not_run"].splitlines()) == 1 for row in entry["rows"])
+    assert "documented" in next(name for name, row in rows.items() if "does_not_run" in row)
+    assert entry["overhead_percent"]["forwards"] >= 6
+
+
+def test_speed_wrong_argument(benchmarks, capsys):
+    import speed
+
+    with pytest.raises(SystemExit):
+        speed.main(["--steps", "0"])
+    assert "--steps must be 1 or more" in capsys.readouterr().err
+
+
+def test_equal_compute_difference(benchmarks):
+    """Two lines in the plane PSNR over compute, 2 dB apart, at settings that never compute the same."""
+    import per_block_kind
+
+    def rows(shares, offset):
+        errors = [10 ** (-(offset + 10 * share) / 10) for share in shares]
+        return [
+            {"params": {}, "compute_share": s, "psnr_db": offset + 10 * s, "squared_errors": [e] * 4}
+            for s, e in zip(shares, errors)
+        ]
+
+    found = per_block_kind.difference(rows([0.6, 0.4, 0.2], 32.0), rows([0.7, 0.5, 0.3], 30.0))
+    assert found["compute_range"] == [0.3, 0.6]
+    np.testing.assert_allclose([found["equal_compute_db"], *found["equal_compute_ci_db"]], 2.0)
+    assert found["settings"][0]["difference_db"] == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+def test_per_block_kind(benchmarks, tmp_path):
+    import per_block_kind
+
+    out = tmp_path / "kinds.json"
+    args = ["--methods", "toca", "--steps", "4", "--intervals", "2", "3", "--ratios", "0.1", "--pictures", "2"]
+    per_block_kind.main([*args, "--out", str(out)])
+    (comparison,) = json.loads(out.read_text(encoding="utf-8"))["comparisons"]
+    assert len(comparison["settings"]) == 2 and all(pair["psnr_db"][0] > 0 for pair in comparison["settings"])
