@@ -194,6 +194,8 @@ class Cache:
         check_int("num_steps", num_steps, 1)
         if timesteps is not None and len(timesteps) != num_steps:
             raise ValueError(f"{len(timesteps)} timesteps were given for {num_steps} steps")
+        if self.recipe.fix is not None:
+            raise ValueError("a recipe's fix corrects what a scheduler is handed: enable it with scheduler=... instead")
         if not self.enabled:
             raise RuntimeError("this cache was disabled; call dittocache.enable again")
         return self._start(num_steps, timesteps)
@@ -288,6 +290,8 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
         named = recipe.when.plan.sites
         align(recipe.when.plan, description.sites)
         used = [j for j, site in enumerate(description.sites) if site.name in named]
+        for name in set(recipe.when.plan.fills or ()) - {recipe.fill.name}:
+            raise ValueError(f"the plan names the fill {name!r}, but the recipe's fill is {recipe.fill.name!r}")
     if not any(site.kind in kinds for site in description.sites):
         known = ", ".join(dict.fromkeys(site.kind for site in description.sites))
         raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; its sites are: {known}")

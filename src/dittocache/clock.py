@@ -78,7 +78,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the plain class: they are not watched."""
     plain: Any = type(self).__mro__[1]
     function, args, *rest = plain.__reduce_ex__(self, protocol)
-    if function is copyreg.__newobj__:  # pickle insists on the object's own class there  # type: ignore[attr-defined]
+    if function is getattr(copyreg, "__newobj__"):  # noqa: B009  pickle insists on the object's own class there
         function = _new
     return function, tuple(plain if a is type(self) else a for a in args), *rest
 

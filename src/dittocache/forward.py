@@ -89,6 +89,8 @@ class Forward:
             # what cannot be filled is computed, whatever the row says
             if row[j] not in (None, COMPUTE, OPEN) and not self._ready(j):
                 row[j] = COMPUTE
+            elif row[j] == PARTIAL:
+                row[j] = self._share(j)
         before = self.flops() - sum(self.costs[j] for j in block.sites) if self.counter else 0.0
         output: Any = NotImplemented
         if block.family.reuse_block is not None and all(row[j] == REUSE for j in block.sites):
@@ -172,6 +174,8 @@ class Forward:
             code = COMPUTE  # the first step, or other inputs than what is kept belongs to
         if code == PARTIAL and (self.recipe.which is None or not site.selectable):
             code = REUSE
+        elif code == PARTIAL:
+            code = self._share(j)
         self.row[j] = code
         return code
 
@@ -190,15 +194,32 @@ class Forward:
         self.run.record(j, float(rows.float().mean()))
         return output
 
-    def _partial(self, j: int, entry: Entry, code: float, original: Callable[..., Any], x: Tensor) -> Any:
+    def _share(self, j: int) -> float:
+        """The share of tokens that the selector wants at a partial step; with none of them, all grow older."""
+        site, entry = self.attachment.description.sites[j], self._entry(j)
+        tokens = entry.values[0][0].shape[1]
+        share = self.recipe.which.count(site, self.step, self.run.num_steps, tokens) / tokens
+        if share == REUSE:
+            self._grow_older(entry)
+        return float(share)
+
+    def _grow_older(self, entry: Entry) -> Tensor:
+        """Adds a call to the ages of all tokens, and returns the ages before."""
+        held = entry.values[0][0]
+        before = entry.ages
+        if before is None:
+            before = torch.zeros(held.shape[:2], dtype=torch.float32, device=held.device)
+        # out of place: an inference tensor could not be changed outside of inference mode
+        entry.ages = before + 1
+        self.kept = True
+        return before
+
+    def _partial(self, j: int, entry: Entry, share: float, original: Callable[..., Any], x: Tensor) -> Any:
         """Computes some tokens of a token-wise module and writes them into the kept output."""
-        which, run, site = self.recipe.which, self.run, self.attachment.description.sites[j]
-        tokens = x.shape[1]
-        count = round(code * tokens) if code > 0 else which.count(site, self.step, run.num_steps, tokens)
+        which, run = self.recipe.which, self.run
+        count = round(share * x.shape[1])
         (held,) = self._filled(j)
-        ages = entry.ages
-        if ages is None:
-            ages = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
+        ages = self._grow_older(entry)
         if count:
             observed = self._entry(self.attachment.scorer[j]).observed if j in self.attachment.scorer else None
             inputs = x if self.raw is None else self.raw
@@ -208,12 +229,8 @@ class Forward:
             computed = original(x.gather(1, index.expand(-1, -1, x.shape[-1])))
             held = self.recipe.fill.write(entry, index.expand(-1, -1, held.shape[-1]), computed)
             entry.versions = _versions(entry)
-        # out of place: an inference tensor could not be changed outside of inference mode
-        entry.ages = ages + 1
-        if count:
-            entry.ages.scatter_(1, chosen, 0.0)
-        self.kept = True
-        run.record(j, count / tokens)
+            entry.ages.scatter_(1, chosen, 0.0)  # type: ignore[union-attr]
+        run.record(j, count / x.shape[1])
         return held.clone() if j in self.attachment.aliased else held
 
     def _cells(self, which: Any) -> tuple[int, int] | None:

@@ -185,7 +185,11 @@ def attach(transformer: nn.Module, cache: Any) -> Attachment:
         attachment = _attachments.get(transformer)
         if attachment is None:
             attachment = Attachment(transformer)
-            attachment.install()
+            try:
+                attachment.install()
+            except BaseException:
+                attachment.remove()
+                raise
             _attachments[transformer] = attachment
         if cache.recipe.which is not None:
             attachment.observe(cache.recipe.which)

@@ -65,8 +65,8 @@ class Part:
 
 def answers(kind: type[PartType]) -> dict[str, type[PartType]]:
     """The parts of a kind by name, without the interface itself."""
-    parts = Part.registry.items()
-    return {n: c for n, c in parts if issubclass(c, kind) and c is not kind and dataclasses.is_dataclass(c)}
+    found = {n: c for n, c in Part.registry.items() if issubclass(c, kind) and c is not kind}
+    return {name: part for name, part in found.items() if dataclasses.is_dataclass(part)}
 
 
 def plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ sharing and comparing all work on this one object.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ class Plan:
         kinds = tuple(str(kind) for kind in self.kinds) or ("",) * len(sites)
         for k in steps:
             check_int("a plan's step", k, 0)
-        if any(after <= before for before, after in zip(steps, steps[1:], strict=False)):
+        if any(after <= before for before, after in itertools.pairwise(steps)):
             raise ValueError(f"a plan names its steps once and in order; got {show(steps)}")
         for what, size in (("steps", len(steps)), ("sites", len(sites))):
             if size != table.shape[what == "sites"]:
@@ -190,7 +191,7 @@ class Plan:
             flops, fills = data.get("flops"), data.get("fills")
             empty = np.zeros((0, len(data["sites"])))
             return cls(
-                table=data["table"] if data["steps"] else empty,
+                table=data["table"] if data["table"] else empty,
                 sites=data["sites"],
                 steps=tuple(data["steps"]),
                 kinds=data.get("kinds", ()),

@@ -90,8 +90,9 @@ def run_sampling(goldens: pack.Pack, case: dict[str, Any], monkeypatch: pytest.M
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, draws: Tensor, expected: dict[str, Tensor]) -> None:
-    """Hands out recorded random scores; calls that take no token draw none here."""
-    left = [draws[n] for n, (*_, count) in enumerate(expected["selection_calls"].tolist()) if count]
+    """Hands out recorded random scores; calls that take no token, or all, draw none here."""
+    counts = expected["selection_calls"][:, 3].tolist()
+    left = [draws[n] for n, count in enumerate(counts) if 0 < count < draws.shape[-1]]
 
     def base(self: Any, observed: Any, x: Tensor, held: Tensor, halves: int, generator: Any) -> Tensor:
         assert halves == 2
@@ -139,10 +140,14 @@ def check_selection(cache: dittocache.Cache, expected: dict[str, Tensor], calls:
     for k, _, block, count in rows:
         share = trace.table[k, feed_forward[block]]
         assert round(share * tokens) == count, f"step {k}, block {block}: {share * tokens} tokens instead of {count}"
-    assert [count for _, count in calls] == [row[3] for row in rows if row[3]], "numbers of tokens"
     if not calls:
         return
-    chosen = [want for row, want in zip(rows, expected["selection_indices"], strict=True) if row[3]]
+    # where all tokens are taken nothing is chosen, and no score is needed
+    some = [0 < count < tokens for *_, count in rows]
+    assert [count for _, count in calls] == [row[3] for row, s in zip(rows, some, strict=True) if s], (
+        "numbers of tokens"
+    )
+    chosen = [want for want, s in zip(expected["selection_indices"], some, strict=True) if s]
     for (score, count), want in zip(calls, chosen, strict=True):
         order = score.argsort(dim=-1, descending=True, stable=True)
         for row in range(len(score)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class Entry:
 
 class Fill(Part):
     """Keeps computed outputs and makes up the missing ones from them."""
+
+    name: ClassVar[str] = ""  # as a plan names the fill of a step
 
     def keep(self, entry: Entry, value: Features, step: int) -> None:
         """Stores what was computed at step k."""

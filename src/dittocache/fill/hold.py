@@ -11,6 +11,8 @@ from .base import Entry, Features, Fill
 class Hold(Fill):
     """The output of the last computed step, unchanged. What most of the papers do."""
 
+    name = "hold"
+
     def keep(self, entry: Entry, value: Features, step: int) -> None:
         entry.values, entry.steps = [value], [step]
 
