@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import fcntl
 import json
 import os
@@ -165,7 +166,8 @@ def comparison() -> Comparison:
         "chunk": 12,
         "machine": "a machine <with brackets>",
         "threads": 2,
-        "load": 1.0,
+        "cores": 2,
+        "load": 3.4,
         "versions": {"torch": "2.13.0"},
     }
     labels = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
@@ -247,6 +249,17 @@ def test_every_row_has_its_pictures_differences_point_and_line(outline, comparis
 
 def test_numbers_are_in_the_page_as_json(outline, comparison):
     assert json.loads(outline.scripts[0]) == json.loads(json.dumps(comparison.to_dict()))
+
+
+def test_a_comparison_of_unknown_origin_is_refused(comparison, tmp_path):
+    unknown = dataclasses.replace(comparison, provenance={"model": "glyphs"})
+    with pytest.raises(ValueError, match="its provenance is incomplete"):
+        write_page(unknown, tmp_path / "index.html")
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_a_busy_machine_is_admitted(file):
+    assert "The machine was busy (load 3.4 on 2 cores)" in file.read_text(encoding="utf-8")
 
 
 def test_text_of_others_is_escaped(file):

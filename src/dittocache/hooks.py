@@ -24,6 +24,8 @@ from .run import active_runs
 HOOK = "dittocache"
 _forward: ContextVar[Forward | None] = ContextVar("dittocache_forward", default=None)
 _attachments: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+# FLOPs of the sites and of the rest by input shape; they outlive a cache, so that the next one need not count again
+_costs: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[list[float], float]]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 
 
@@ -35,7 +37,7 @@ class Attachment:
         self.description: Description = describe(transformer)
         self.caches: list[Any] = []
         self.aliased: set[int] = set()
-        self.costs: dict[Any, tuple[list[float], float]] = {}
+        self.costs = _costs.setdefault(transformer, {})
         self.measuring = threading.Lock()
         self.handles: list[Any] = []
         self.hooked: list[tuple[nn.Module, bool]] = []

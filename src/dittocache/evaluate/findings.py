@@ -45,24 +45,22 @@ def best(comparison: Comparison) -> tuple[Result, float] | None:
 def headline(comparison: Comparison) -> str:
     """The best finding in one sentence, whichever way it went.
 
-    A gain counts only if it survives the slowest chunk: the row at its lowest measured speed-up.
+    A gain counts only if it survives the row's lowest measured speed-up, a loss only if it survives the highest.
     """
     count, found = len(comparison.labels), best(comparison)
     if found is None:
         return f"No caching row of these {count} pictures ran at a speed that fewer steps were measured at."
     row, decibels = found
-    sure = gain(comparison, row, row.speedup_low)
-    if decibels > 0 and (sure is None or sure > 0):
+    at_worst, at_best = (gain(comparison, row, speed) for speed in (row.speedup_low, row.speedup_high))
+    best_row = f"{row.label}, the best caching row at {row.speedup:.1f}×,"
+    if decibels > 0 and (at_worst is None or at_worst > 0):
         return (
             f"{row.label} draws {count} pictures {row.speedup:.1f}× faster, and {decibels:.1f} dB closer to the "
             "originals than fewer steps in the same time."
         )
-    if decibels > 0:
-        return (
-            f"Caching and fewer steps come out even here: {row.label}, the best caching row at {row.speedup:.1f}×, is "
-            f"{decibels:.1f} dB ahead, less than the clock can tell."
-        )
+    if decibels > 0 or (at_best is not None and at_best > 0):
+        ahead = f"{abs(decibels):.1f} dB {'ahead' if decibels > 0 else 'behind'}"
+        return f"Caching and fewer steps come out even here: {best_row} is {ahead}, less than the clock can tell."
     return (
-        f"Taking fewer steps wins here: {row.label}, the best caching row at {row.speedup:.1f}×, is {-decibels:.1f} dB "
-        "further from the originals in the same time."
+        f"Taking fewer steps wins here: {best_row} is {-decibels:.1f} dB further from the originals in the same time."
     )

@@ -22,9 +22,19 @@ DARKER, LIGHTER = (84, 39, 136), (217, 119, 6)  # ends of the diverging colours;
 
 
 def write_page(comparison: Comparison, path: str | Path) -> Path:
-    """Writes the page to `path` and returns it."""
+    """Writes the page to `path` and returns it.
+
+    Raises:
+        ValueError: the comparison does not say how it was made.
+    """
+    from jinja2 import UndefinedError
+
+    try:
+        text = render(comparison)
+    except UndefinedError as error:
+        raise ValueError(f"damaged comparison: its provenance is incomplete ({error})") from None
     path = Path(path)
-    path.write_text(render(comparison), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 

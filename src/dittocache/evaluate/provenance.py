@@ -32,6 +32,7 @@ def provenance(pipe: DiffusionPipeline, model: str, steps: int, guidance_scale: 
         "chunk": chunk,
         "machine": machine(network.device),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count() or 1,
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "versions": versions(),
     }
