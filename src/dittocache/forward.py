@@ -46,6 +46,7 @@ class Forward:
         self.seen: dict[str, Tensor] = {}
         self.raw: Tensor | None = None
         self.kept = False
+        self.scoring = 0.0  # FLOPs of scoring tokens, which belong to no part of the model
         self.counter: FlopCounterMode | None = None
         sample = _hidden(args, kwargs)
         self.grid = attachment.grid(sample)
@@ -61,7 +62,7 @@ class Forward:
     def close(self, failed: bool) -> None:
         """Ends the forward: stores what was measured, and weighs what is kept."""
         if self.counter is not None:
-            total = self.counter.get_total_flops()
+            total = self.flops()
             self.counter.__exit__(None, None, None)
             if not failed and all(code is None or code == COMPUTE for code in self.row):
                 sites = sum(self.costs)
@@ -71,7 +72,7 @@ class Forward:
             self.run.weigh()
 
     def flops(self) -> float:
-        return 0.0 if self.counter is None else float(self.counter.get_total_flops())
+        return 0.0 if self.counter is None else float(self.counter.get_total_flops()) - self.scoring
 
     # ---- blocks -----------------------------------------------------------------------------------------------------
     def block(self, block: Block, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -203,6 +204,21 @@ class Forward:
             self._grow_older(entry)
         return float(share)
 
+    def _scores_due(self, j: int, tokens: int) -> bool:
+        """Whether a partial step scores tokens by this attention before it is computed again."""
+        which, run, sites = self.recipe.which, self.run, self.attachment.description.sites
+        for step in range(self.step, run.num_steps):
+            row = self.row if step == self.step else run.codes[step]
+            if step > self.step and row[j] == COMPUTE:
+                return False
+            codes = [row[j]]
+            for i in self.attachment.scored[j]:
+                counted = row[i] == PARTIAL
+                codes.append(which.count(sites[i], step, run.num_steps, tokens) / tokens if counted else row[i])
+            if any(code not in (None, REUSE, COMPUTE) for code in codes):
+                return True
+        return False
+
     def _grow_older(self, entry: Entry) -> Tensor:
         """Adds a call to the ages of all tokens, and returns the ages before."""
         held = entry.values[0][0]
@@ -282,12 +298,14 @@ class Forward:
         output = original(*args, **kwargs)
         if self.counter is not None:
             self.costs[j] += self.flops() - before
-        if self.seen:
+        if self.seen and self._scores_due(j, next(iter(self.seen.values())).shape[1]):
+            before = self.flops()
             module: Any = self.attachment.entry(j).module
             heads = {name: _split_heads(value, module.heads) for name, value in self.seen.items()}
             scale = float(getattr(module, "scale", heads[next(iter(heads))].shape[-1] ** -0.5))
             self._entry(j).observed = self.recipe.which.observe(heads, scale)
-            self.seen.clear()
+            self.scoring += self.flops() - before
+        self.seen.clear()
         return output
 
 

@@ -49,6 +49,7 @@ class Attachment:
         for block in self.description.blocks:
             scorers = [j for j in block.sites if self.entry(j).site.kind == "attention"]
             self.scorer |= {j: scorers[0] for j in block.sites if scorers and self.entry(j).site.selectable}
+        self.scored = {j: [i for i in self.scorer if self.scorer[i] == j] for j in self.scorer.values()}
 
     def entry(self, j: int) -> SiteModule:
         return self.description.entries[j]
