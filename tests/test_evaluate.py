@@ -84,7 +84,8 @@ def test_frechet_distance_of_diagonal_gaussians():
 
 
 def test_frechet_distance_agrees_with_the_matrix_square_root():
-    linalg = pytest.importorskip("scipy.linalg")
+    from scipy import linalg
+
     a, b = noise(300, 8).double(), (noise(200, 8, seed=1) @ noise(8, 8, seed=2)).double()
     root = linalg.sqrtm(torch.cov(a.T).numpy() @ torch.cov(b.T).numpy()).real
     expected = (

@@ -102,7 +102,7 @@ def test_threads_that_enable_and_disable_while_another_samples():
                 out.append(torch.equal(tiny.sample(model, steady, STEPS), expected))
             else:
                 scheduler = DDIMScheduler()
-                with dittocache.enable(model, "none", scheduler=scheduler):
+                with dittocache.enable(model, "fora", interval=1, scheduler=scheduler):
                     out.append(torch.equal(tiny.sample(model, scheduler, STEPS), plain))
         return out
 

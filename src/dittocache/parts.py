@@ -96,7 +96,8 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     """Raises a ValueError that names the value unless it is a finite number in [low, high]."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     # a whole number too large for a float is not finite either
-    inside = number and abs(value) <= sys.float_info.max and low <= value <= high
+    finite = number and (abs(value) <= sys.float_info.max if isinstance(value, int) else math.isfinite(value))
+    inside = finite and low <= value <= high
     if not inside:
         limit = f"between {low:g} and {high:g}"
         if not math.isfinite(high):
