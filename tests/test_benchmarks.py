@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("torchmetrics")
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 

@@ -160,6 +160,15 @@ def test_the_headline_without_anything_comparable():
     assert "No caching row" in findings.headline(comparison(result("ToCa", "toca", 1.2, 45)))
 
 
+def test_a_row_that_fewer_steps_beat_in_speed_and_closeness_has_lost():
+    """Also where no measured number of steps is as slow; and a number of steps that another beats counts for nothing."""
+    slow = result("ToCa", "toca", 1.2, 30)
+    assert findings.gain(comparison(slow), slow) == -10
+    between = result("FORA", "fora", math.sqrt(8), 37)
+    worse = result("3 steps", "fewer steps", 2.5, 20)
+    assert findings.gain(comparison(between, worse), between) == findings.gain(comparison(between), between)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 def test_files_come_back_as_they_were(tmp_path):
     before = comparison(result("DuCa", "duca", 3, math.inf))

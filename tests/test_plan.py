@@ -85,7 +85,6 @@ def test_files(tmp_path):
 
 
 def test_drawing(tmp_path):
-    pytest.importorskip("matplotlib")
     model = tiny.dit()
     with dittocache.enable(model, "duca", selector="random", ratio=0.3, ratio_schedule="constant") as cache:
         tiny.predictions(model, cache, 10)

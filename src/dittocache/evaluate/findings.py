@@ -16,13 +16,12 @@ def caching_rows(comparison: Comparison) -> list[Result]:
 def fewer_steps_psnr(comparison: Comparison, speedup: float) -> float | None:
     """PSNR in dB that fewer steps reach at a measured speed-up: linear in log(speed-up) between the measured rows.
 
-    None outside the measured range: nothing is extrapolated.
+    Rows that another one beats in both speed and PSNR are left out: nobody would take them. (A number of steps that
+    divides the reference's shares its timesteps and may be both faster and closer than a larger one.) None outside the
+    measured range: nothing is extrapolated.
     """
-    line = sorted(
-        (math.log(r.speedup), r.psnr)
-        for r in comparison.results
-        if r.method == FEWER_STEPS and r.psnr is not None and math.isfinite(r.psnr)
-    )
+    rows = _fewer_steps(comparison)
+    line = sorted(a for a in rows if not any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in rows))
     x = math.log(speedup)
     for (x0, y0), (x1, y1) in itertools.pairwise(line):
         if x0 <= x <= x1:
@@ -30,10 +29,24 @@ def fewer_steps_psnr(comparison: Comparison, speedup: float) -> float | None:
     return None
 
 
+def _fewer_steps(comparison: Comparison) -> list[tuple[float, float]]:
+    """(log of the speed-up, PSNR in dB) of the rows with fewer steps."""
+    return [
+        (math.log(r.speedup), r.psnr)
+        for r in comparison.results
+        if r.method == FEWER_STEPS and r.psnr is not None and math.isfinite(r.psnr)
+    ]
+
+
 def gain(comparison: Comparison, result: Result, speedup: float | None = None) -> float | None:
     """Decibels by which a row is closer to the reference than fewer steps in the same time; None if not comparable."""
+    if result.psnr is None:
+        return None
     there = fewer_steps_psnr(comparison, speedup or result.speedup)
-    return None if there is None or result.psnr is None else result.psnr - there
+    if there is None:  # a row that fewer steps beat in both speed and PSNR has lost, wherever it stands
+        x = math.log(speedup or result.speedup)
+        there = max((y for at, y in _fewer_steps(comparison) if at >= x and y > result.psnr), default=None)
+    return None if there is None else result.psnr - there
 
 
 def best(comparison: Comparison) -> tuple[Result, float] | None:
