@@ -161,7 +161,7 @@ def test_the_headline_without_anything_comparable():
 
 
 def test_a_row_that_fewer_steps_beat_in_speed_and_closeness_has_lost():
-    """Also where no measured number of steps is as slow; and a number of steps that another beats counts for nothing."""
+    """Also where no measured number of steps is as slow; a number of steps that another beats counts for nothing."""
     slow = result("ToCa", "toca", 1.2, 30)
     assert findings.gain(comparison(slow), slow) == -10
     between = result("FORA", "fora", math.sqrt(8), 37)
