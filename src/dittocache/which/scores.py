@@ -13,22 +13,24 @@ def normalize(score: Tensor) -> Tensor:
 
 
 def attention_received(
-    query: Tensor, key: Tensor, scale: float, chunk: int = 1024, mask: Tensor | None = None
+    query: Tensor, key: Tensor, scale: float, chunk: int | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """How much attention every token receives: column sums of the head-averaged softmax map.
 
-    Queries are taken in chunks, so that the largest temporary is [batch, heads, chunk, tokens].
+    Queries are taken in chunks, so that the largest temporary is [batch, heads, chunk, tokens]; that is also faster than
+    the whole map, which does not fit into a cache.
 
     Args:
         query: [batch, heads, queries, channels].
         key: [batch, heads, tokens, channels].
         scale: factor of the logits, usually channels ** -0.5.
-        chunk: number of queries at a time.
+        chunk: number of queries at a time; None for a quarter of them, at most 128.
         mask: added to the logits, broadcastable to [batch, heads, queries, tokens]; optional.
 
     Returns:
         [batch, tokens], float32.
     """
+    chunk = chunk or min(128, -(-query.shape[2] // 4))
     received = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
     for start in range(0, query.shape[2], chunk):
         logits = (query[:, :, start : start + chunk] * scale) @ key.transpose(-2, -1)
