@@ -17,7 +17,7 @@ def attention_received(
 ) -> Tensor:
     """How much attention every token receives: column sums of the head-averaged softmax map.
 
-    Queries are taken in chunks, so that the largest temporary is [batch, heads, chunk, tokens]; that is also faster than
+    Queries are taken in chunks, so that the largest temporary is [batch, heads, chunk, tokens]; also faster than
     the whole map, which does not fit into a cache.
 
     Args:
