@@ -56,7 +56,7 @@ def icon(look: str, shape: str) -> Markup:
 
 # ---- speed against quality ------------------------------------------------------------------------------------------
 def pareto(points: Sequence[Point], line: str, width: int, height: int) -> Markup:
-    """Measured speed-up (x) against PSNR (y). The points of the method `line` bound the shaded area: no better than it.
+    """Measured speed-up (x) against PSNR (y). The best points of the method `line` bound the shaded area: no better.
 
     Points of one method are joined; every point has its label beside it, its spread as a thin bar, and a `<title>`.
     """
@@ -93,10 +93,13 @@ def pareto(points: Sequence[Point], line: str, width: int, height: int) -> Marku
     placed = [at(p.x, p.y) for p in points]
     for method in dict.fromkeys(p.method for p in points):
         run = sorted(at(p.x, p.y) for p in points if p.method == method)
+        if method == line:  # what is slower and further than another of them is nobody's choice
+            run = [a for a in run if not any(b[0] >= a[0] and b[1] <= a[1] and b != a for b in run)]
         look = next(p.look for p in points if p.method == method)
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in run)
         if method == line and len(run) > 1:
-            area = f"M{run[0][0]:.1f} {floor}L{path}L{run[-1][0]:.1f} {floor}Z"
+            slow, _ = at(1, y_end)
+            area = f"M{slow:.1f} {floor}L{slow:.1f} {run[0][1]:.1f}L{path}L{run[-1][0]:.1f} {floor}Z"
             out.append(f'<path class="worse" d="{area}"/>')
         out.append(f'<path class="join {look}" d="M{path}"/>')
         segments += [(*a, *b) for a, b in itertools.pairwise(run)]
