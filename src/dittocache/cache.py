@@ -79,10 +79,9 @@ class Cache:
         self.used: list[int] = []
 
     # ---- on and off -------------------------------------------------------------------------------------------------
-    def _enable(self, description: Description) -> None:
-        transformer, target = self._transformer(), self._target()
-        self.used = wanted(self.recipe, description)
-        self._attachment = hooks.attach(transformer, self)  # type: ignore[arg-type]
+    def _enable(self, target: Any, transformer: nn.Module, description: Description, used: list[int]) -> None:
+        self.used = used
+        self._attachment = hooks.attach(transformer, self, description)
         self.description = self._attachment.description
         if target is not transformer:
             clock.watch_call(target, self)
@@ -248,9 +247,12 @@ class Cache:
         Raises:
             RuntimeError: nothing has run yet.
         """
+        return self._last_run().trace()
+
+    def _last_run(self) -> Run:
         if self._last is None:
             raise RuntimeError("nothing has run yet: the trace is that of the last run")
-        return self._last.trace()
+        return self._last
 
     def report(self) -> Report:
         """The last run in numbers.
@@ -258,8 +260,8 @@ class Cache:
         Raises:
             RuntimeError: nothing has run yet.
         """
-        trace = self.trace
-        assert self._last is not None
+        run = self._last_run()
+        trace = run.trace()
         return Report(
             recipe=self.recipe.describe(),
             steps=len(trace.steps),
@@ -267,9 +269,9 @@ class Cache:
             ideal_speedup=trace.ideal_speedup,
             flops_full=trace.flops_full,
             flops_done=trace.flops_done,
-            bytes_peak=self._last.bytes_peak,
+            bytes_peak=run.bytes_peak,
             kinds=trace.share_by_kind(),
-            warnings=tuple(self._last.notes),
+            warnings=tuple(run.notes),
         )
 
 
@@ -287,22 +289,19 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
     stack = ("stack",) if recipe.when.uses_stack else ()
     used = [j for j, site in enumerate(description.sites) if site.kind in kinds + stack]
     if isinstance(recipe.when, Table):
-        named = recipe.when.plan.sites
-        align(recipe.when.plan, description.sites)
-        used = [j for j, site in enumerate(description.sites) if site.name in named]
-        for name in set(recipe.when.plan.fills or ()) - {recipe.fill.name}:
+        plan = recipe.when.plan
+        table = align(plan, description.sites)
+        used = [j for j, site in enumerate(description.sites) if site.name in plan.sites]
+        for name in set(plan.fills or ()) - {recipe.fill.name}:
             raise ValueError(f"the plan names the fill {name!r}, but the recipe's fill is {recipe.fill.name!r}")
-    if not any(site.kind in kinds for site in description.sites):
-        known = ", ".join(dict.fromkeys(site.kind for site in description.sites))
-        raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; its sites are: {known}")
-    if isinstance(recipe.when, Table):
-        sites = [description.sites[j] for j in used]
-        table = align(recipe.when.plan, sites)
-        for j, site in enumerate(sites):
+        for j, site in enumerate(description.sites):
             if not site.selectable and ((table[:, j] > REUSE) & (table[:, j] < COMPUTE)).any():
                 raise ValueError(
                     f"the plan computes some tokens of {site.name!r}, which is not a token-wise feed-forward"
                 )
+    if not any(site.kind in kinds for site in description.sites):
+        known = ", ".join(dict.fromkeys(site.kind for site in description.sites))
+        raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; its sites are: {known}")
     if recipe.which is not None:
         tokenwise = [entry for entry in description.entries if entry.site.selectable]
         if not tokenwise:
@@ -358,7 +357,7 @@ def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) ->
     if any(p.is_meta for p in transformer.parameters()):
         raise ValueError(f"{type(transformer).__name__} has parameters on the meta device: load its weights first")
     description = describe(transformer)
-    wanted(chosen, description)
+    used = wanted(chosen, description)
     replaced = list(_caches.get(target, []))
     if target is transformer and scheduler is not None:
         replaced = [old for old in replaced if old.scheduler in (None, scheduler)]
@@ -368,7 +367,7 @@ def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) ->
     for old in replaced:
         old.disable()
     cache = Cache(target, transformer, chosen, scheduler)
-    cache._enable(description)
+    cache._enable(target, transformer, description, used)
     return cache
 
 

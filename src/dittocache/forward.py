@@ -40,7 +40,6 @@ class Forward:
         self.branch = run.next_branch()
         self.row = list(run.row())
         self.signature: tuple[Any, ...] = ()
-        self.block_inputs: tuple[Any, ...] = ()
         self.skipped: dict[int, bool] = {}
         self.turns: dict[int, int] = {}  # calls of a site in this forward; some blocks call a feed-forward twice
         self.seen: dict[str, Tensor] = {}
@@ -55,7 +54,7 @@ class Forward:
         key = None if sample is None else (tuple(sample.shape), sample.dtype)
         run.cost_key = key
         if key is not None and key not in attachment.costs and attachment.measuring.acquire(blocking=False):
-            self.cost_key, self.costs = key, [0.0] * len(attachment.description.sites)
+            self.costs = [0.0] * len(attachment.description.sites)
             self.counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
             self.counter.__enter__()
 
@@ -66,7 +65,7 @@ class Forward:
             self.counter.__exit__(None, None, None)
             if not failed and all(code is None or code == COMPUTE for code in self.row):
                 sites = sum(self.costs)
-                self.attachment.costs[self.cost_key] = (self.costs, max(total - sites, 0.0))
+                self.attachment.costs[self.run.cost_key] = (self.costs, max(total - sites, 0.0))
             self.attachment.measuring.release()
         if self.kept:
             self.run.weigh()

@@ -17,7 +17,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from .describe import Description, SiteModule, describe
+from .describe import Description, SiteModule
 from .forward import Forward
 from .run import active_runs
 
@@ -32,9 +32,9 @@ _lock = threading.RLock()
 class Attachment:
     """The hooks on one transformer, shared by all caches that use it."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: nn.Module, description: Description) -> None:
         self.transformer = weakref.ref(transformer)
-        self.description: Description = describe(transformer)
+        self.description = description
         self.caches: list[Any] = []
         self.aliased: set[int] = set()
         self.costs = _costs.setdefault(transformer, {})
@@ -64,9 +64,7 @@ class Attachment:
         return (side, side) if side and side * side == sample.shape[1] else None
 
     # ---- installing -------------------------------------------------------------------------------------------------
-    def install(self) -> None:
-        transformer = self.transformer()
-        assert transformer is not None
+    def install(self, transformer: nn.Module) -> None:
         self.handles.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
         self.handles.append(transformer.register_forward_hook(self._end, always_call=True))
         for j, entry in enumerate(self.description.entries):
@@ -182,14 +180,14 @@ class _MuteHook(_Hook):
         return forward.mute
 
 
-def attach(transformer: nn.Module, cache: Any) -> Attachment:
+def attach(transformer: nn.Module, cache: Any, description: Description) -> Attachment:
     """Puts a cache on a transformer, with hooks if it is the first."""
     with _lock:
         attachment = _attachments.get(transformer)
         if attachment is None:
-            attachment = Attachment(transformer)
+            attachment = Attachment(transformer, description)
             try:
-                attachment.install()
+                attachment.install(transformer)
             except BaseException:
                 attachment.remove()
                 raise

@@ -82,7 +82,7 @@ class Which(Part):
         """Raw score of every token, before normalisation, age and bonus.
 
         Args:
-            observed: what `observe` returned at the block's last full attention.
+            observed: what `observe` returned at the block's last full attention, None if it observes nothing.
             x: inputs of the module [batch, tokens, channels] (before its norm if `uses_input`).
             held: the output that is kept for it, [batch, tokens, channels].
             halves: 2 if the batch holds two guidance halves, else 1.
@@ -120,7 +120,7 @@ class AttentionReceived(Which):
     def observe(self, seen: Mapping[str, Tensor], scale: float) -> Tensor:
         return scores.attention_received(seen["query"], seen["key"], scale)
 
-    def base(self, observed, x, held, halves, generator):  # type: ignore[no-untyped-def]
+    def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         return observed
 
 
@@ -134,7 +134,7 @@ class ValueNorm(Which):
     def observe(self, seen: Mapping[str, Tensor], scale: float) -> Tensor:
         return scores.value_norms(seen["value"].norm(dim=-1).float())
 
-    def base(self, observed, x, held, halves, generator):  # type: ignore[no-untyped-def]
+    def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         return observed
 
 
@@ -151,7 +151,7 @@ class RandomTokens(Which):
         super().__post_init__()
         check_int("seed", self.seed, 0)
 
-    def base(self, observed, x, held, halves, generator):  # type: ignore[no-untyped-def]
+    def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         draws = torch.rand(x.shape[0] // halves, x.shape[1], generator=generator)
         return draws.to(x.device).repeat(halves, 1)
 
@@ -163,7 +163,7 @@ class Similarity(Which):
     name = "similarity"
     uses_input = True
 
-    def base(self, observed, x, held, halves, generator):  # type: ignore[no-untyped-def]
+    def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         return 1 - torch.cosine_similarity(x.float(), held.float(), dim=-1)
 
 
@@ -175,7 +175,7 @@ class TokenNorm(Which):
     uses_input = True
     normalized = False
 
-    def base(self, observed, x, held, halves, generator):  # type: ignore[no-untyped-def]
+    def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         return x.float().norm(dim=-1)
 
 
@@ -190,7 +190,7 @@ class Compress(RandomTokens):
         received = scores.attention_received(seen["query"], seen["key"], scale)
         return received / received.amax(-1, keepdim=True)
 
-    def base(self, observed, x, held, halves, generator):  # type: ignore[no-untyped-def]
+    def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         return 0.5 * super().base(observed, x, held, halves, generator) + 0.5 * observed
 
 
@@ -201,7 +201,7 @@ class Straight(Which):
     name = "straight"
     normalized = False
 
-    def base(self, observed, x, held, halves, generator):  # type: ignore[no-untyped-def]
+    def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         return torch.ones(x.shape[:2], device=x.device)
 
 
