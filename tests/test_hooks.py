@@ -717,14 +717,14 @@ def test_decisions_per_sample_do_not_depend_on_the_batch():
 class Line(Fill):
     """A line through the last two outputs."""
 
-    def keep(self, entry: Entry, value, step: int) -> None:
-        entry.values, entry.steps = [value, *entry.values[:1]], [step, *entry.steps[:1]]
+    def keep(self, entry: Entry, value, at) -> None:
+        entry.values, entry.steps = [value, *entry.values[:1]], [at.step, *entry.steps[:1]]
 
-    def fill(self, entry: Entry, step: int):
+    def fill(self, entry: Entry, at):
         if len(entry.values) < 2:
             return entry.values[0]
         (new, old), (k, j) = entry.values, entry.steps
-        return tuple(a + (a - b) * (step - k) / (k - j) for a, b in zip(new, old, strict=True))
+        return tuple(a + (a - b) * (at.step - k) / (k - j) for a, b in zip(new, old, strict=True))
 
 
 def test_a_fill_of_ones_own():
@@ -758,9 +758,9 @@ def test_a_fill_of_ones_own():
 class Scale(Fix):
     factor: float = 2.0
 
-    def fix(self, prediction, step, num_steps, share):
-        seen.append((step, num_steps, share))
-        return prediction * (self.factor if share < 1 else 1.0)
+    def fix(self, noise, at):
+        seen.append((at.step, at.num_steps, at.share))
+        return noise * (self.factor if at.share < 1 else 1.0)
 
 
 seen: list[tuple[int, int, float]] = []

@@ -20,18 +20,21 @@ ALLOWED: dict[str, set[str]] = {
     "clock": set(),
     "plan": {"parts", "drawing"},
     "drawing": {"plan"},
-    "fill": {"parts"},
+    "tensors": {"parts"},
+    "fill": {"parts", "plan", "tensors"},
     "fix": {"parts"},
     "which": {"parts", "plan"},
-    "when": {"parts", "plan"},
+    "when": {"parts", "plan", "tensors"},
+    "origin": {"parts"},
+    "noise": {"parts"},
     "describe": {"plan"},
     "models": {"describe"},
-    "recipe": {"parts", "plan", *ANSWERS},
+    "recipe": {"parts", "plan", "tensors", *ANSWERS},
     "run": {"plan", "fill"},
     "forward": {"run", "describe", "plan", "fill", "which"},
     "hooks": {"run", "clock", "describe", "plan", "fill", "forward", "which"},
-    "methods": {"recipe", "parts", "plan", *ANSWERS},
-    "cache": {"hooks", "clock", "describe", "run", "plan", "recipe", "when", "parts"},
+    "methods": {"recipe", "parts", "plan", "tensors", *ANSWERS},
+    "cache": {"hooks", "clock", "describe", "run", "plan", "recipe", "when", "parts", "noise", "origin", "fix"},
     "bundled": set(),
 }
 ABOVE = {"evaluate", "tune", "train", "calibrate"}
@@ -47,6 +50,7 @@ ONLY = {
     ("forward", "which"): {"which.ratios"},
     ("hooks", "which"): {"which.ratios"},
     ("run", "fill"): {"fill", "fill.base"},
+    ("cache", "fix"): {"fix"},
 }
 
 

@@ -21,7 +21,7 @@ PLAN = Plan(
     [[1, 1], [0.25, 0]], ("transformer_blocks.0.ff", "transformer_blocks.0.attn1"), kinds=("feed-forward", "attention")
 )
 RECIPES = {
-    **{name: recipe(name) for name in dittocache.methods()},
+    **{name: recipe(name, **tiny.data_for(name)) for name in dittocache.methods()},
     "fora-5-start": recipe("fora", interval=5, anchor="start"),
     **{f"toca-{s}": recipe("toca", selector=s, ratio=0.2) for s in SELECTORS},
     "toca-none": recipe("toca", spatial_bonus=None, sensitive_window=None, module_ratio_factor=1.0, layer_divisor=27),
@@ -50,11 +50,12 @@ def test_methods_are_documented():
         if name != "none":
             assert method.arxiv and method.arxiv in method.bibtex
         for p in method.parameters.values():
-            assert p.help and p.valid and p.type in ("int", "float", "bool", "choice", "pair")
+            assert p.help and p.valid and p.type in ("int", "float", "bool", "choice", "pair", "steps", "data")
             p.check(p.default)
         for settings in method.settings.values():
-            method(**settings)
-        assert method().method == name
+            needed = tiny.data_for(name) if settings.get("base") != "l2c" else tiny.data_for("l2c")
+            method(**{**needed, **settings} if settings.get("rank") is None else {**settings, **needed, "rank": 2})
+        assert method(**tiny.data_for(name)).method == name
 
 
 def test_defaults_are_the_papers():

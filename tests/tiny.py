@@ -249,6 +249,38 @@ class LoopPipeline(DiffusionPipeline):
         return sample(self.transformer, self.scheduler, num_inference_steps, guidance=guidance, **kwargs)
 
 
+# ---- what calibrated and learned methods need -----------------------------------------------------------------------
+def data_for(method: str, model: nn.Module | None = None, steps: int = 8, scale: float = 0.0) -> dict[str, Any]:
+    """Parameters with made-up tensors for methods that need some: L2C's scores (half of them reused), EOC's trends
+    (times `scale`; on inputs that never change the true ones are 0), ICC's factors of rank 2. Others need none."""
+    from dittocache import describe
+
+    found = describe(model or dit())
+    generator = torch.Generator().manual_seed(7)
+    if method == "l2c":
+        scores = torch.randn(steps, len(found.entries), generator=generator)
+        return {"router_logits": scores, "threshold": 0.5}
+    if method == "eoc":
+        tokens = {"context-feed-forward": TEXT, "fused": 16 + TEXT}
+        width = next(p for name, p in (model or dit()).named_parameters() if "to_q.weight" in name).shape[1]
+        shapes = {e.site.name: (tokens.get(e.site.kind, 16), width) for e in found.entries}
+        return {
+            "trend": {
+                f"{name}@{k}": scale * torch.randn(shape, generator=generator)
+                for name, shape in shapes.items()
+                for k in range(1, steps)
+            }
+        }
+    if method == "icc":
+        factors = {}
+        for e in found.linears:
+            weight = e.module.weight  # type: ignore[union-attr]
+            factors[f"{e.site.name}/A"] = torch.randn(weight.shape[0], 2, generator=generator)
+            factors[f"{e.site.name}/B"] = torch.randn(2, weight.shape[1], generator=generator)
+        return {"factor_tensors": factors}
+    return {}
+
+
 # ---- independent measurements ---------------------------------------------------------------------------------------
 # the layers that every site runs exactly once per computation
 _LEAF = {"attn": "to_q", "attn1": "to_q", "attn2": "to_q", "ff": "net.0.proj", "ff_context": "net.0.proj"}

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from . import clock, hooks
+from . import clock, hooks, noise, origin
 from .describe import Description, describe
+from .fix import Level
 from .parts import check_int, show
 from .plan import COMPUTE, REUSE, Plan, align
 from .recipe import Recipe, resolve
@@ -153,15 +155,46 @@ class Cache:
         run.__enter__()
         run.advance()
 
-    def on_prediction(self, scheduler: Any, prediction: Any) -> Any:
-        """Applies the recipe's fix."""
-        run = self._current()
-        if run is None or self.recipe.fix is None:
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        """Applies the recipe's fix to the noise in a prediction; predicted variances pass unchanged."""
+        if self._current() is None or self.recipe.fix is None:
             return prediction
+        kind = noise.prediction_type(scheduler)
+        rest = prediction.shape[1] != sample.shape[1]
+        predicted, variance = prediction.chunk(2, dim=1) if rest else (prediction, None)
+        if kind == "epsilon":
+            fixed = self.fix(predicted)
+        else:
+            k = int((scheduler.timesteps == torch.as_tensor(timestep).to(scheduler.timesteps)).nonzero()[0])
+            alpha, sigma = (level[k] for level in noise.levels(scheduler))
+            x = scheduler.scale_model_input(sample, timestep)
+            fixed = self.fix(noise.to_noise(predicted, x, alpha, sigma, kind))
+            fixed = noise.from_noise(fixed, x, alpha, sigma, kind)
+        return fixed if variance is None else torch.cat([fixed, variance], dim=1)
+
+    def fix(self, predicted_noise: Tensor) -> Tensor:
+        """The recipe's correction of the present step's noise prediction, for raw loops; after guidance.
+
+        With a scheduler this happens by itself, in `scheduler.step`.
+
+        Args:
+            predicted_noise: any shape, without predicted variances.
+
+        Raises:
+            RuntimeError: no run is open in this context.
+        """
+        run = self._current()
+        if run is None:
+            raise RuntimeError("no run is open here: call cache.fix(noise) inside `with cache.run(num_steps):`")
+        run.fixed = True
+        if self.recipe.fix is None:
+            return predicted_noise
         k = min(run.step_index or 0, run.num_steps - 1)
         calls = run.calls[k].sum()
         share = float(run.shares[k].sum() / calls) if calls else COMPUTE
-        return self.recipe.fix.fix(prediction, k, run.num_steps, share)
+        trained = getattr(getattr(self.scheduler, "config", None), "num_train_timesteps", 1000)
+        time = 1 - k / run.num_steps if run.timesteps is None else run.timesteps[k] / trained
+        return self.recipe.fix.fix(predicted_noise, Level(k, run.num_steps, time, share))
 
     def on_step(self, scheduler: Any) -> None:
         """A step is over; the last one ends the run."""
@@ -176,6 +209,7 @@ class Cache:
 
     # ---- runs -------------------------------------------------------------------------------------------------------
     def _start(self, num_steps: int, timesteps: Sequence[float] | None) -> Run:
+        origin.check_run(self.recipe.made_for, num_steps, timesteps)
         self._last = Run(self, num_steps, timesteps)
         return self._last
 
@@ -193,8 +227,6 @@ class Cache:
         check_int("num_steps", num_steps, 1)
         if timesteps is not None and len(timesteps) != num_steps:
             raise ValueError(f"{len(timesteps)} timesteps were given for {num_steps} steps")
-        if self.recipe.fix is not None:
-            raise ValueError("a recipe's fix corrects what a scheduler is handed: enable it with scheduler=... instead")
         if not self.enabled:
             raise RuntimeError("this cache was disabled; call dittocache.enable again")
         return self._start(num_steps, timesteps)
@@ -231,8 +263,9 @@ class Cache:
         """FLOPs measured for inputs of that shape: of the used sites, and of the rest, for all branches of a step."""
         if key not in self._attachment.costs:
             return None, 0.0
-        sites, rest = self._attachment.costs[key]
-        spent = {j: sites[j] for j in used}
+        every, rest = self._attachment.costs[key]
+        sites = every[: len(self.description.sites)]
+        spent = {j: every[j] for j in used}
         for block in self.description.blocks:
             if block.stack in spent:  # what a skipped stack saves includes the modules that are no columns
                 spent[block.stack] += sum(sites[j] for j in block.sites if j not in spent)
@@ -285,23 +318,32 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
         "module": ("attention", "cross-attention", "feed-forward", "context-feed-forward", "fused"),
         "attention": ("attention", "cross-attention"),
         "feed-forward": ("feed-forward", "context-feed-forward"),
+        "linear": tuple(dict.fromkeys(entry.site.kind for entry in description.linears)),
     }[recipe.where]
     stack = ("stack",) if recipe.when.uses_stack else ()
-    used = [j for j, site in enumerate(description.sites) if site.kind in kinds + stack]
+    columns = description.columns
+    used = [j for j, site in enumerate(columns) if site.kind in kinds + stack]
     if isinstance(recipe.when, Table):
         plan = recipe.when.plan
-        table = align(plan, description.sites)
-        used = [j for j, site in enumerate(description.sites) if site.name in plan.sites]
+        table = align(plan, columns)
+        used = [j for j, site in enumerate(columns) if site.name in plan.sites]
         for name in set(plan.fills or ()) - {recipe.fill.name}:
             raise ValueError(f"the plan names the fill {name!r}, but the recipe's fill is {recipe.fill.name!r}")
-        for j, site in enumerate(description.sites):
+        for j, site in enumerate(columns):
             if not site.selectable and ((table[:, j] > REUSE) & (table[:, j] < COMPUTE)).any():
                 raise ValueError(
                     f"the plan computes some tokens of {site.name!r}, which is not a token-wise feed-forward"
                 )
-    if not any(site.kind in kinds for site in description.sites):
-        known = ", ".join(dict.fromkeys(site.kind for site in description.sites))
+    if not any(site.kind in kinds for site in columns):
+        known = ", ".join(dict.fromkeys(site.kind for site in columns))
         raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; its sites are: {known}")
+    recipe.when.fits([columns[j] for j in used])
+    foreign = sorted(recipe.fill.names() - {columns[j].name for j in used})
+    if foreign:
+        raise ValueError(
+            f"the {recipe.fill.name} of the recipe is for {foreign[0]!r}, which is no site that "
+            f"where={recipe.where!r} finds in {description.model}"
+        )
     if recipe.which is not None:
         tokenwise = [entry for entry in description.entries if entry.site.selectable]
         if not tokenwise:
@@ -356,6 +398,7 @@ def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) ->
         raise RuntimeError(f"a diffusers cache is already on ({foreign}); call transformer.disable_cache() first")
     if any(p.is_meta for p in transformer.parameters()):
         raise ValueError(f"{type(transformer).__name__} has parameters on the meta device: load its weights first")
+    origin.check_model(chosen.made_for, transformer, scheduler)
     description = describe(transformer)
     used = wanted(chosen, description)
     replaced = list(_caches.get(target, []))

@@ -24,7 +24,7 @@ class Listener(Protocol):
     def on_begin(self, scheduler: Any) -> None:
         """A new run begins: the scheduler has its timesteps."""
 
-    def on_prediction(self, scheduler: Any, prediction: Any) -> Any:
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         """A step's prediction is about to be handed to the scheduler; returns it, corrected or not."""
 
     def on_step(self, scheduler: Any) -> None:
@@ -117,8 +117,10 @@ def _step(method: Any) -> Any:
     @functools.wraps(method)
     def step(self: Any, model_output: Any, *args: Any, **kwargs: Any) -> Any:
         heard = listeners(self)
+        timestep = args[0] if args else kwargs.get("timestep")
+        sample = args[1] if len(args) > 1 else kwargs.get("sample")
         for listener in heard:
-            model_output = listener.on_prediction(self, model_output)
+            model_output = listener.on_prediction(self, model_output, timestep, sample)
         result = method(self, model_output, *args, **kwargs)
         for listener in heard:
             listener.on_step(self)

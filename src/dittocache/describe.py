@@ -1,7 +1,8 @@
-"""What a transformer is made of: its lists of blocks, and in each block the sites whose output can be kept.
+"""What a transformer is made of: its stacks of blocks, and in each block the sites whose output can be kept.
 
 Discovery goes by the structure that all diffusers transformers share (lists of like blocks with attention and
-feed-forward children); what it cannot see is registered per family in `models/`.
+feed-forward children); what it cannot see is registered per family in `models/`. A block of a registered family that is
+in no list counts as a stack of one.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class SiteModule:
 
 @dataclass
 class Block:
-    """A block with its sites, as indices into `Description.sites`; `stack` is the index of its stack's site."""
+    """A block with its sites, as indices into `Description.columns`; `stack` is the index of its stack's site."""
 
     module: nn.Module
     name: str
@@ -72,6 +73,7 @@ class Block:
     first: bool
     last: bool
     family: Family
+    linears: tuple[int, ...] = ()
 
 
 @dataclass
@@ -82,11 +84,17 @@ class Description:
     entries: list[SiteModule] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     stacks: list[Site] = field(default_factory=list)
+    linears: list[SiteModule] = field(default_factory=list)
 
     @property
     def sites(self) -> list[Site]:
         """Module sites first, then one site for every stack of blocks."""
         return [entry.site for entry in self.entries] + self.stacks
+
+    @property
+    def columns(self) -> list[Site]:
+        """All that a plan can have a column for: the sites, then the single linear layers inside of modules."""
+        return self.sites + [entry.site for entry in self.linears]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -139,25 +147,30 @@ def describe(module: nn.Module) -> Description:
     if not isinstance(module, nn.Module):
         raise TypeError(f"describe needs a torch module; got {type(module).__name__}")
     description = Description(type(module).__name__)
-    found = [(name, blocks, [_parts(b) for b in blocks]) for name, blocks in _block_lists(module, "")]
-    modules = [id(block) for _, blocks, _ in found for block in blocks]
+    found = [(name, blocks, [_parts(b) for b in blocks.values()]) for name, blocks in _stacks(module, "")]
+    modules = [id(block) for _, blocks, _ in found for block in blocks.values()]
     if len(set(modules)) < len(modules):
         raise ValueError(f"{type(module).__name__} uses one of its blocks several times, which is not supported")
     order, total = 0, sum(len(part) for _, _, parts in found for part in parts)
     for name, blocks, parts in found:
         stack = total + len(description.stacks)
-        for l, (block, part) in enumerate(zip(blocks, parts, strict=True)):
+        for l, ((block_name, block), part) in enumerate(zip(blocks.items(), parts, strict=True)):
             indices = []
             for path, kind, child, mutes in part:
                 indices.append(len(description.entries))
                 tokenwise = kind.endswith("feed-forward") and _tokenwise(child)
-                site = Site(f"{name}.{l}.{path}", kind, name, l, len(blocks), order, tokenwise)
+                site = Site(f"{block_name}.{path}", kind, name, l, len(blocks), order, tokenwise)
                 description.entries.append(SiteModule(site, child, path, mutes))
             description.blocks.append(
-                Block(block, f"{name}.{l}", tuple(indices), stack, l == 0, l == len(blocks) - 1, _family(block))
+                Block(block, block_name, tuple(indices), stack, l == 0, l == len(blocks) - 1, _family(block))
             )
             order += 1
         description.stacks.append(Site(name, "stack", name, len(blocks) - 1, len(blocks), order - 1))
+    for found_block in description.blocks:
+        found_linears = [part for j in found_block.sites for part in _linears(description.entries[j], found_block)]
+        first = len(description.sites) + len(description.linears)
+        found_block.linears = tuple(range(first, first + len(found_linears)))
+        description.linears += found_linears
     if not description.entries:
         raise ValueError(
             f"{type(module).__name__} has no list of blocks with attention or feed-forward parts: nothing to cache"
@@ -166,21 +179,30 @@ def describe(module: nn.Module) -> Description:
 
 
 def _family(block: nn.Module) -> Family:
+    return _registered(block) or Family(blocks=(type(block).__name__,))
+
+
+def _registered(block: nn.Module) -> Family | None:
     for cls in type(block).__mro__:
         family = FAMILIES.get(cls.__name__)
         if family is not None and cls.__module__.split(".")[0] == family.package:
             return family
-    return Family(blocks=(type(block).__name__,))
+    return None
 
 
-def _block_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Outermost lists of which every member holds a site, with their dotted paths."""
+def _stacks(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, nn.Module]]]:
+    """Outermost lists of which every member holds a site, and lone blocks of registered families, with their blocks.
+
+    All are named by their dotted paths; a lone block and its stack of one share theirs.
+    """
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if isinstance(child, nn.ModuleList) and len(child) and all(_parts(block) for block in child):
-            yield path, child
+            yield path, {f"{path}.{l}": block for l, block in enumerate(child)}
+        elif not isinstance(module, nn.ModuleList) and _registered(child) and _parts(child):
+            yield path, {path: child}
         elif not _is_attention(child):
-            yield from _block_lists(child, f"{path}.")
+            yield from _stacks(child, f"{path}.")
 
 
 def _parts(block: nn.Module) -> list[tuple[str, str, nn.Module, tuple[nn.Module, ...]]]:
@@ -202,6 +224,24 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, str, nn.Module]
             yield path, "context-feed-forward" if "context" in name else "feed-forward", child
         elif not isinstance(child, nn.ModuleList) and not any(w in name for w in ("norm", "emb")):
             yield from _walk(child, f"{path}.")
+
+
+# what a linear layer does, by its name in an attention or feed-forward module
+ROLES = {
+    "to_q": "q", "to_k": "k", "to_v": "v", "qkv": "qkv", "to_qkv": "qkv", "to_out.0": "proj", "proj": "proj",
+    "net.0.proj": "fc1", "net.2": "fc2", "fc1": "fc1", "fc2": "fc2",
+}  # fmt: skip
+
+
+def _linears(entry: SiteModule, block: Block) -> Iterator[SiteModule]:
+    """The single linear layers inside of a module, in order of definition; a fused site is one itself, and has none."""
+    site = entry.site
+    for name, child in entry.module.named_modules():
+        if isinstance(child, nn.Linear) and name:
+            path = f"{entry.path}.{name}"
+            of_block = f"{block.name}.{path}"
+            linear = Site(of_block, ROLES.get(name, "linear"), site.stack, site.block, site.depth, site.order)
+            yield SiteModule(linear, child, path)
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .describe import Block
-from .fill import Entry
+from .fill import At, Entry
 from .plan import COMPUTE, OPEN, PARTIAL, REUSE
 from .run import Run
 
@@ -54,7 +54,7 @@ class Forward:
         key = None if sample is None else (tuple(sample.shape), sample.dtype)
         run.cost_key = key
         if key is not None and key not in attachment.costs and attachment.measuring.acquire(blocking=False):
-            self.costs = [0.0] * len(attachment.description.sites)
+            self.costs = [0.0] * len(attachment.description.columns)
             self.counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
             self.counter.__enter__()
 
@@ -64,8 +64,8 @@ class Forward:
             total = self.flops()
             self.counter.__exit__(None, None, None)
             if not failed and all(code is None or code == COMPUTE for code in self.row):
-                sites = sum(self.costs)
-                self.attachment.costs[self.run.cost_key] = (self.costs, max(total - sites, 0.0))
+                outside = total - sum(self.costs[: len(self.attachment.description.sites)])
+                self.attachment.costs[self.run.cost_key] = (self.costs, max(outside, 0.0))
             self.attachment.measuring.release()
         if self.kept:
             self.run.weigh()
@@ -82,7 +82,7 @@ class Forward:
         if self.skipped.get(block.stack):
             return self._pass_by(block, original, args, kwargs)
         row = self.row
-        for j in block.sites:
+        for j in (*block.sites, *block.linears):
             if row[j] == OPEN and self.attachment.entry(j).mutes:
                 # the modules that feed a fused site come before it, so it is decided here
                 self._decide(j, self._entry(j), args, kwargs)
@@ -94,7 +94,7 @@ class Forward:
         before = self.flops() - sum(self.costs[j] for j in block.sites) if self.counter else 0.0
         output: Any = NotImplemented
         if block.family.reuse_block is not None and all(row[j] == REUSE for j in block.sites):
-            features = {self.attachment.entry(j).path: self._filled(j) for j in block.sites}
+            features = {self.attachment.entry(j).path: self._filled(j, together=True) for j in block.sites}
             output = block.family.reuse_block(block.module, features, *args, **kwargs)
             if output is not NotImplemented:
                 self.run.record(list(block.sites), REUSE)
@@ -147,15 +147,19 @@ class Forward:
             code = decided
         if self.turns[j] and code != COMPUTE and not self._ready(j):
             code = COMPUTE
+        inputs = _hidden(args, kwargs) if self.recipe.fill.keeps_inputs else None
         if code == COMPUTE:
             output = self._measured(j, original, args, kwargs)
-            self._keep(j, output)
+            self._keep(j, output, inputs)
             self.run.record(j, COMPUTE)
             entry.ages = None
+            if self.recipe.fill.mixes:
+                output = _unpack(self.recipe.fill.mix(entry, _pack(output), self._at(j, inputs)), entry)
             return output
         if code == REUSE:
             self.run.record(j, REUSE)
-            return _unpack(self._filled(j), entry)
+            together = all(self.row[i] in (REUSE, None) for i in self.attachment.mates[j])
+            return _unpack(self._filled(j, inputs, together), entry)
         return self._partial(j, entry, code, original, args[0] if args else kwargs["hidden_states"])
 
     def mute(self, j: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -164,7 +168,7 @@ class Forward:
 
     def _decide(self, j: int, entry: Entry, args: Any, kwargs: Any) -> float | Tensor:
         """Asks the recipe's `when`; a tensor [batch] comes back only if its rows differ."""
-        site = self.attachment.description.sites[j]
+        site = self.attachment.description.columns[j]
         code = self.recipe.when.decide(self.step, site, args or (kwargs["hidden_states"],), entry.memory)
         if isinstance(code, Tensor):
             if site.kind not in ("stack", "fused") and self._ready(j) and code.any() and not code.all():
@@ -186,17 +190,21 @@ class Forward:
             return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == len(rows) else value
 
         computed = _pack(original(*map(pick, args), **{name: pick(value) for name, value in kwargs.items()}))
-        values = tuple(filled.clone() for filled in self._filled(j))
+        entry = self._entry(j)
+        inputs = _hidden(args, kwargs) if self.recipe.fill.keeps_inputs else None
+        values = tuple(filled.clone() for filled in self._filled(j, inputs))
         for value, some in zip(values, computed, strict=True):
             value[rows] = some
-        output = _unpack(values, self._entry(j))
-        self._keep(j, output)
+        if inputs is not None and entry.inputs is not None:
+            inputs = torch.where(rows.view(-1, *[1] * (inputs.ndim - 1)), inputs, entry.inputs)
+        output = _unpack(values, entry)
+        self._keep(j, output, inputs)
         self.run.record(j, float(rows.float().mean()))
         return output
 
     def _share(self, j: int) -> float:
         """The share of tokens that the selector wants at a partial step; with none of them, all grow older."""
-        site, entry = self.attachment.description.sites[j], self._entry(j)
+        site, entry = self.attachment.description.columns[j], self._entry(j)
         tokens = entry.values[0][0].shape[1]
         share = self.recipe.which.count(site, self.step, self.run.num_steps, tokens) / tokens
         if share == REUSE:
@@ -239,7 +247,7 @@ class Forward:
             observed = self._entry(self.attachment.scorer[j]).observed if j in self.attachment.scorer else None
             inputs = x if self.raw is None else self.raw
             base = which.base(observed, inputs, held, run.halves, run.generator)
-            chosen = which.choose(which.score(base, ages, self._cells(which), run.halves), count)
+            chosen = which.choose(which.score(base, ages, self._cells(which, x.shape[1]), run.halves), count)
             index = chosen.unsqueeze(-1)
             computed = original(x.gather(1, index.expand(-1, -1, x.shape[-1])))
             held = self.recipe.fill.write(entry, index.expand(-1, -1, held.shape[-1]), computed)
@@ -248,11 +256,12 @@ class Forward:
         run.record(j, count / x.shape[1])
         return held.clone() if j in self.attachment.aliased else held
 
-    def _cells(self, which: Any) -> tuple[int, int] | None:
-        """The token grid, if its cells fit into it."""
+    def _cells(self, which: Any, tokens: int) -> tuple[int, int] | None:
+        """The token grid, if it is that of these tokens and cells fit into it."""
         if not which.spatial_bonus:
             return None
-        if self.grid is None or any(side % which.spatial_grid for side in self.grid):
+        known = self.grid is not None and self.grid[0] * self.grid[1] == tokens
+        if self.grid is None or not known or any(side % which.spatial_grid for side in self.grid):
             self.run.note(
                 f"spatial_bonus is left out: {self.grid or 'an unknown grid'} does not divide into cells of "
                 f"{which.spatial_grid} x {which.spatial_grid} tokens"
@@ -274,19 +283,28 @@ class Forward:
         self.attachment.aliased.add(j)  # the model changes this output in place: copies are kept from now on
         return False
 
-    def _filled(self, j: int) -> tuple[Tensor, ...]:
-        filled = self.recipe.fill.fill(self._entry(j), self.step)
+    def _at(self, j: int, inputs: Tensor | None = None, together: bool = False) -> At:
+        return At(self.step, self.run.num_steps, self.attachment.description.columns[j], inputs, together)
+
+    def _filled(self, j: int, inputs: Tensor | None = None, together: bool = False) -> tuple[Tensor, ...]:
+        entry = self._entry(j)
+        filled = self.recipe.fill.fill(entry, self._at(j, inputs, together))
+        if entry.steps[0] == self.step:  # the fill goes on from its own output
+            entry.versions = _versions(entry)
+            self.kept = True
         return tuple(t.clone() for t in filled) if self._copies(j, filled) else filled
 
     def _copies(self, j: int, values: tuple[Tensor, ...]) -> bool:
         """Whether copies are kept and handed out. Inference tensors do not tell if somebody changed them."""
         return j in self.attachment.aliased or values[0].is_inference()
 
-    def _keep(self, j: int, output: Any) -> None:
+    def _keep(self, j: int, output: Any, inputs: Tensor | None = None) -> None:
         entry, values = self._entry(j), _pack(output)
         values = tuple(v.detach().clone() if self._copies(j, values) else v.detach() for v in values)
         entry.single, entry.signature = isinstance(output, Tensor), self.signature
-        self.recipe.fill.keep(entry, values, self.step)
+        if inputs is not None:
+            inputs = inputs.detach().clone() if self._copies(j, (inputs,)) else inputs.detach()
+        self.recipe.fill.keep(entry, values, self._at(j, inputs))
         entry.versions = _versions(entry)
         self.kept = True
 
@@ -331,7 +349,7 @@ def _guidance_halves(sample: Tensor | None) -> int:
 
 def _versions(entry: Entry) -> tuple[int, ...]:
     """Change counters of everything that is kept; torch raises them with every change in place."""
-    return tuple(0 if t.is_inference() else t._version for value in entry.values for t in value)
+    return tuple(0 if t.is_inference() else t._version for t in entry.kept)
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

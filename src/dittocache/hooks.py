@@ -50,9 +50,11 @@ class Attachment:
             scorers = [j for j in block.sites if self.entry(j).site.kind == "attention"]
             self.scorer |= {j: scorers[0] for j in block.sites if scorers and self.entry(j).site.selectable}
         self.scored = {j: [i for i in self.scorer if self.scorer[i] == j] for j in self.scorer.values()}
+        self.mates = {j: group for b in self.description.blocks for group in (b.sites, b.linears) for j in group}
 
     def entry(self, j: int) -> SiteModule:
-        return self.description.entries[j]
+        modules = len(self.description.sites)
+        return self.description.entries[j] if j < modules else self.description.linears[j - modules]
 
     def grid(self, sample: Tensor | None) -> tuple[int, int] | None:
         """(height, width) in tokens of an image-like input [batch, channels, height, width]; None if not known."""
@@ -74,6 +76,15 @@ class Attachment:
         for block in self.description.blocks:
             self._hook(block.module, _BlockHook(self, block))
         self._forget_registries()
+
+    def split(self) -> None:
+        """Hooks the single linear layers as well, and counts FLOPs anew: theirs were not told apart before."""
+        if "linears" not in self.observed:
+            self.observed.add("linears")
+            self.costs.clear()
+            for j, entry in enumerate(self.description.linears, len(self.description.sites)):
+                self._hook(entry.module, _SiteHook(self, j))
+            self._forget_registries()
 
     def observe(self, which: Any) -> None:
         """Listens to the projections that a selector scores tokens by, or to the raw tokens."""
@@ -192,9 +203,15 @@ def attach(transformer: nn.Module, cache: Any, description: Description) -> Atta
                 attachment.remove()
                 raise
             _attachments[transformer] = attachment
-        if cache.recipe.which is not None:
-            attachment.observe(cache.recipe.which)
         attachment.caches.append(cache)
+        try:
+            if cache.recipe.which is not None:
+                attachment.observe(cache.recipe.which)
+            if any(j >= len(description.sites) for j in cache.used):
+                attachment.split()
+        except BaseException:
+            detach(transformer, cache)
+            raise
         return attachment
 
 

@@ -30,14 +30,14 @@ class Part:
         super().__init_subclass__(**kwargs)
         Part.registry[cls.__name__] = cls
 
+    def fields(self) -> dict[str, Any]:
+        """The part's type and parameters as they are: plans and tensors not yet written out."""
+        names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return {"type": type(self).__name__, **{name: getattr(self, name) for name in names}}
+
     def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {"type": type(self).__name__}
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if hasattr(value, "to_dict"):
-                value = value.to_dict()
-            data[f.name] = list(value) if isinstance(value, tuple) else value
-        return data
+        """Everything as JSON values."""
+        return {name: jsonable(value) for name, value in self.fields().items()}
 
     @classmethod
     def from_dict(cls: type[PartType], data: Any) -> PartType:
@@ -73,9 +73,16 @@ def plain(value: Any) -> Any:
     """Numbers of numpy as Python's own, lists and arrays as tuples."""
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, np.ndarray)):
         return tuple(plain(v) for v in value)
     return value
+
+
+def jsonable(value: Any) -> Any:
+    """A parameter as a JSON value."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return [jsonable(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def show(value: Any) -> str:
@@ -103,6 +110,14 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
         if not math.isfinite(high):
             limit = f"at least {low:g}" if math.isfinite(low) else "that is finite"
         raise ValueError(f"{name} must be a number {limit}; got {show(value)}")
+
+
+def check_ints(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raises a ValueError that names the value unless it is a list of whole numbers in [low, high]."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
+        raise ValueError(f"{name} must be a list of whole numbers; got {show(value)}")
+    for one in value:
+        check_int(f"every entry of {name}", one, low, high)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

@@ -33,7 +33,8 @@ class Site:
 
     Args:
         name: dotted path of the module inside the transformer.
-        kind: `attention`, `cross-attention`, `feed-forward`, `context-feed-forward`, `fused` or `stack`.
+        kind: `attention`, `cross-attention`, `feed-forward`, `context-feed-forward`, `fused` or `stack`; of a single
+            linear layer `q`, `k`, `v`, `qkv`, `proj`, `fc1`, `fc2` or `linear`.
         stack: dotted path of the block list it belongs to.
         block: index of its block within that list.
         depth: number of blocks of that list.
@@ -66,6 +67,7 @@ class Plan:
         kinds: kind of every site, for grouping in drawings and reports.
         flops: FLOPs of every site when it is computed for all tokens, one forward of each branch; optional.
         flops_rest: FLOPs of a forward that belong to no site and are always spent.
+        flops_fill: FLOPs of filling every site when it is reused, for all tokens; optional, none by default.
         fills: name of the fill used at every step; optional.
 
     Raises:
@@ -78,6 +80,7 @@ class Plan:
     kinds: tuple[str, ...] = ()
     flops: tuple[float, ...] | None = None
     flops_rest: float = 0.0
+    flops_fill: tuple[float, ...] | None = None
     fills: tuple[str, ...] | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,9 +107,10 @@ class Plan:
                 raise ValueError(f"the plan's table is {rows} x {columns}, but there are {size} {what}")
         if len(set(sites)) != len(sites):
             raise ValueError("a plan names every site once")
-        if len(kinds) != len(sites) or (self.flops is not None and len(self.flops) != len(sites)):
+        costs = [flops for flops in (self.flops, self.flops_fill) if flops is not None]
+        if len(kinds) != len(sites) or any(len(flops) != len(sites) for flops in costs):
             raise ValueError(f"a plan's kinds and flops need one entry for each of the {len(sites)} sites")
-        for flops in (*(self.flops or ()), self.flops_rest):
+        for flops in (*(f for cost in costs for f in cost), self.flops_rest):
             check_number("a plan's flops", flops, 0)
         bad = ~((table >= 0) & (table <= 1))
         if bad.any():
@@ -138,7 +142,9 @@ class Plan:
         """FLOPs that the plan really spends; nan when they were not measured."""
         if self.flops is None:
             return math.nan
-        return float(self.table.sum(0) @ np.array(self.flops)) + len(self.steps) * self.flops_rest
+        computed = self.table.sum(0)
+        filled = (len(self.steps) - computed) @ np.array(self.flops_fill) if self.flops_fill is not None else 0.0
+        return float(computed @ np.array(self.flops) + filled) + len(self.steps) * self.flops_rest
 
     @property
     def compute_fraction(self) -> float:
@@ -168,6 +174,7 @@ class Plan:
             "table": self.table.tolist(),
             "flops": None if self.flops is None else list(self.flops),
             "flops_rest": self.flops_rest,
+            "flops_fill": None if self.flops_fill is None else list(self.flops_fill),
             "fills": None if self.fills is None else list(self.fills),
             "meta": dict(self.meta),
         }
@@ -188,7 +195,7 @@ class Plan:
         if not isinstance(data.get("meta", {}), Mapping):
             raise ValueError(f"damaged plan: meta must be an object; got {show(data['meta'])}")
         try:
-            flops, fills = data.get("flops"), data.get("fills")
+            flops, filling, fills = data.get("flops"), data.get("flops_fill"), data.get("fills")
             empty = np.zeros((0, len(data["sites"])))
             return cls(
                 table=data["table"] if data["table"] else empty,
@@ -197,6 +204,7 @@ class Plan:
                 kinds=data.get("kinds", ()),
                 flops=None if flops is None else tuple(flops),
                 flops_rest=data.get("flops_rest", 0.0),
+                flops_fill=None if filling is None else tuple(filling),
                 fills=None if fills is None else tuple(fills),
                 meta=dict(data.get("meta", {})),
             )

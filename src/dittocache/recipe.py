@@ -17,19 +17,20 @@ import diffusers
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 
 from . import __version__
 from .fill import Fill, Hold
 from .fix import Fix
-from .parts import answers, check_bool, check_choice, check_int, check_number, plain, show
+from .parts import answers, check_bool, check_choice, check_int, check_ints, check_number, jsonable, plain, show
 from .plan import COMPUTE, REUSE, Plan
+from .tensors import Tensors
 from .when import Table, When
 from .which import Which
 
 FORMAT = "dittocache-recipe-1"
 FILE, ARRAYS = "recipe.json", "recipe.safetensors"
-WHERE = ("module", "attention", "feed-forward")
+WHERE = ("module", "attention", "feed-forward", "linear")
 PARTS = ("when", "which", "fill", "fix")
 
 
@@ -39,13 +40,16 @@ class Recipe:
 
     Args:
         when: at which steps a site is computed, partly computed, or not.
-        where: `module` for attention and feed-forward, or one of the two alone.
+        where: `module` for attention and feed-forward, or one of the two alone; `linear` for every single linear layer
+            inside of them, while attention itself and activations are computed.
         which: which tokens a partial step computes; None: a partial step reuses all.
         fill: what stands in for what was not computed.
         fix: correction outside the network; None for none.
         method: name of the published method, if it is one.
         params: the method's parameters, all of them.
-        provenance: where the recipe was made and for what; free JSON.
+        provenance: where the recipe was made, and how; free JSON.
+        made_for: the model, scheduler and run that it was calibrated or trained for (see `origin`); another one is
+            refused. Empty for a recipe that goes with anything; `dataclasses.replace(recipe, made_for={})` lifts it.
 
     Raises:
         ValueError: an answer of the wrong sort, or a mix that cannot work.
@@ -59,6 +63,7 @@ class Recipe:
     method: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    made_for: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("where", self.where, WHERE)
@@ -74,7 +79,7 @@ class Recipe:
                 raise ValueError(f"{name} must be one of {known}; got {show(value)}")
         if not isinstance(self.method, (str, types.NoneType)):
             raise ValueError(f"method must be the name of a method, or None; got {show(self.method)}")
-        for name in ("params", "provenance"):
+        for name in ("params", "provenance", "made_for"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a dictionary; got {show(getattr(self, name))}")
             object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
@@ -99,13 +104,11 @@ class Recipe:
         return {
             "format": FORMAT,
             "method": self.method,
-            "params": {k: list(v) if isinstance(v, tuple) else v for k, v in self.params.items()},
+            "params": {k: jsonable(v) for k, v in self.params.items()},
             "where": self.where,
-            **{
-                n: None if getattr(self, n) is None else getattr(self, n).to_dict()
-                for n in ("when", "which", "fill", "fix")
-            },
+            **{n: None if getattr(self, n) is None else getattr(self, n).to_dict() for n in PARTS},
             "provenance": dict(self.provenance),
+            "made_for": dict(self.made_for),
         }
 
     @classmethod
@@ -134,6 +137,7 @@ class Recipe:
             method=data.get("method"),
             params={k: plain(v) for k, v in params.items()} if isinstance(params, Mapping) else params,
             provenance=data.get("provenance", {}),
+            made_for=data.get("made_for", {}),
             **parts,
         )
 
@@ -143,11 +147,13 @@ class Recipe:
         """Writes the recipe into a folder (created if missing), and uploads it if asked to."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {}
-        data = self.to_dict()
-        for part in PARTS:
-            data[part] = _set_aside(data[part], part, arrays)
-        data["provenance"] = {**_versions(), **data["provenance"]}
+        arrays: dict[str, torch.Tensor] = {}
+        data: dict[str, Any] = {"format": FORMAT, "method": self.method, "params": self.params, "where": self.where}
+        for name in PARTS:
+            part = getattr(self, name)
+            data[name] = None if part is None else _set_aside(part.fields(), name, arrays)
+        data |= {"params": {k: jsonable(v) for k, v in self.params.items()}, "made_for": dict(self.made_for)}
+        data["provenance"] = {**_versions(), **self.provenance}
         if arrays:
             save_file(arrays, folder / ARRAYS)
         (folder / FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -200,19 +206,31 @@ def _versions() -> dict[str, str]:
     return {"dittocache": __version__, "diffusers": diffusers.__version__, "torch": str(torch.__version__)}
 
 
-def _set_aside(value: Any, path: str, arrays: dict[str, Any]) -> Any:
-    """Moves tables of numbers out of JSON data into `arrays`, under their dotted path."""
+def _set_aside(value: Any, path: str, arrays: dict[str, torch.Tensor]) -> Any:
+    """JSON data without its tensors and tables of numbers: those go into `arrays`, under their dotted path."""
+    if isinstance(value, Tensors):
+        arrays |= {f"{path}:{name}": tensor for name, tensor in value.items()}
+        return {"tensors": path}
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
     if isinstance(value, dict):
         return {k: _set_aside(v, f"{path}.{k}" if path else k, arrays) for k, v in value.items()}
+    value = jsonable(value)
     if isinstance(value, list) and value and all(isinstance(row, list) and row for row in value):
-        arrays[path] = np.array(value, dtype=np.float64)
+        arrays[path] = torch.tensor(value, dtype=torch.float64)
         return {"array": path}
     return value
 
 
-def _put_back(value: Any, arrays: Mapping[str, Any]) -> Any:
+def _put_back(value: Any, arrays: Mapping[str, torch.Tensor]) -> Any:
     """Inverse of `_set_aside`."""
     if isinstance(value, dict):
+        if set(value) == {"tensors"}:
+            mine = f"{value['tensors']}:"
+            found = {name.removeprefix(mine): t for name, t in arrays.items() if name.startswith(mine)}
+            if not found:
+                raise ValueError(f"damaged recipe: tensors {show(value['tensors'])} are missing from {ARRAYS}")
+            return Tensors(found)
         if set(value) == {"array"}:
             if not isinstance(value["array"], str) or value["array"] not in arrays:
                 raise ValueError(f"damaged recipe: array {show(value['array'])} is missing from {ARRAYS}")
@@ -237,6 +255,22 @@ class Number:
 
     low: float
     high: float = float("inf")
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Annotation of a list of whole numbers, such as steps."""
+
+    low: int
+    high: int | None = None
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Annotation of calibrated or learned tensors, or the file that holds them; the method's part checks them."""
+
     help: str = ""
 
 
@@ -284,8 +318,10 @@ class Method:
                 )
             self.parameters[name].check(value)
         values = {name: p.default for name, p in self.parameters.items()} | params
-        values = {k: plain(v) for k, v in values.items()}
-        return dataclasses.replace(self.build(**values), method=self.name, params=values)
+        values = {k: v if self.parameters[k].type == "data" else plain(v) for k, v in values.items()}
+        # data belong to the part that holds them
+        params = {k: v for k, v in values.items() if self.parameters[k].type != "data"}
+        return dataclasses.replace(self.build(**values), method=self.name, params=params)
 
 
 _methods: dict[str, Method] = {}
@@ -321,7 +357,12 @@ def _parameter(name: str, hint: Any, default: Any) -> Parameter:
     options = [a for a in typing.get_args(base) if a is not types.NoneType] if _is_union(base) else [base]
     optional, kind = _is_union(base), options[0]
     check: Callable[[Any], None]
-    if isinstance(note, Int):
+    if isinstance(note, Data):
+        return Parameter(name, "data", default, help_text, "tensors by name, or a file", lambda v: None)
+    if isinstance(note, Steps):
+        valid = f"whole numbers, {note.low} or more" if note.high is None else f"numbers {note.low} to {note.high}"
+        type_name, check = "steps", lambda v: check_ints(name, v, note.low, note.high)
+    elif isinstance(note, Int):
         valid = f"{note.low} or more" if note.high is None else f"{note.low} to {note.high}"
         type_name, check = "int", lambda v: check_int(name, v, note.low, note.high)
     elif isinstance(note, Number):

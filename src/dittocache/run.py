@@ -38,7 +38,7 @@ class Run:
         self.recipe = owner.recipe
         self.num_steps = num_steps
         self.timesteps = None if timesteps is None else [float(t) for t in timesteps]
-        self.sites: list[Site] = owner.description.sites
+        self.sites: list[Site] = owner.description.columns
         self.used: list[int] = owner.used
         self.codes = self._codes()
         self.step_index: int | None = None
@@ -46,6 +46,7 @@ class Run:
         self.branches = 0
         self.halves = 1
         self.ended = False
+        self.fixed = False  # whether a prediction was handed to the recipe's fix
         self.entries: dict[tuple[int, int, int], Entry] = {}
         self.shares = np.zeros((num_steps, len(self.sites)))
         self.calls = np.zeros((num_steps, len(self.sites)), dtype=np.int64)
@@ -140,7 +141,10 @@ class Run:
 
     def weigh(self) -> None:
         """Updates the peak of the memory that is kept."""
-        self.bytes_peak = max(self.bytes_peak, sum(entry.bytes for entry in self.entries.values()))
+        tensors = (t for entry in self.entries.values() for t in entry.tensors)
+        # one tensor may be kept for several sites, such as the input of three projections
+        sizes = {(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors}
+        self.bytes_peak = max(self.bytes_peak, sum(sizes.values()))
 
     def note(self, text: str) -> None:
         """Warns, once a run for each text."""
@@ -155,6 +159,8 @@ class Run:
         calls = self.calls[k][:, self.used]
         table = np.where(calls > 0, self.shares[k][:, self.used] / np.maximum(calls, 1), REUSE)
         flops, rest = self.owner.flops(self.cost_key, self.used, max(self.branches, 1))
+        shares = [self.recipe.fill.cost(self.sites[j]) for j in self.used]
+        filling = tuple(f * share for f, share in zip(flops, shares)) if flops is not None and any(shares) else None
         meta: dict[str, Any] = {"num_steps": self.num_steps, "branches": self.branches}
         if self.timesteps is not None:
             meta["timesteps"] = [self.timesteps[i] for i in k if i < len(self.timesteps)]
@@ -165,6 +171,7 @@ class Run:
             kinds=tuple(self.sites[j].kind for j in self.used),
             flops=flops,
             flops_rest=rest,
+            flops_fill=filling,
             meta=meta,
         )
 
@@ -176,6 +183,8 @@ class Run:
         self.suspend()
         self.entries.clear()
         complete = self.calls[-1].any() and self.recipe.method != "none"
+        if complete and self.recipe.fix is not None and not self.fixed:
+            self.note(f"{self.recipe.describe()} corrects predictions, but this run handed it none: call cache.fix")
         if complete and (self.shares == self.calls).all():
             self.note(f"{self.recipe.describe()} is on, but this run of {self.num_steps} steps skipped nothing")
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dittocache.models import dpm_solver
+
 Predict = Callable[[Tensor, float], Tensor]  # (x, timestep) -> network output, after guidance
 
 
@@ -65,6 +67,7 @@ def dpmpp(x: Tensor, k: int, out: Tensor, spec: dict[str, Any], memory: dict[str
     return new
 
 
+UVIT = "dpm-solver-2-singlestep"  # a loop of its own, see sample_uvit
 UPDATES = {
     "ddim": ddim,
     "ddpm-ancestral": ancestral,
@@ -115,6 +118,24 @@ def call(model: torch.nn.Module, x: Tensor, t: float, inputs: dict[str, Tensor],
     return out
 
 
+def sample_uvit(
+    model: torch.nn.Module, inputs: dict[str, Tensor], spec: dict[str, Any], guidance: dict[str, Any], cache: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Final latents, guided predictions [evaluations, ...], and raw outputs [evaluations, cond / uncond, ...]."""
+    outputs: list[Tensor] = []
+
+    def record(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        outputs.append(model(x, t, y))
+        return outputs[-1]
+
+    scale, null = guidance["scale"], guidance["null_label"]
+    x = dpm_solver.sample(
+        record, inputs["z"], inputs["y"], spec["num_steps"], null_label=null, scale=scale, before_evaluation=cache.step
+    )
+    raw = torch.stack(outputs).unflatten(0, (-1, 2))
+    return x, raw[:, 0] + scale * (raw[:, 0] - raw[:, 1]), raw
+
+
 @torch.no_grad()
 def sample(
     model: torch.nn.Module,
@@ -122,15 +143,16 @@ def sample(
     spec: dict[str, Any],
     guidance: dict[str, Any],
     inputs: dict[str, Tensor],
-    before_step: Callable[[int], None],
+    cache: Any,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Final latents, and the prediction handed to the sampler at every step [steps, ...]."""
     memory: dict[str, Any] = {"noise": noise}
     outputs = []
     for k, t in enumerate(spec["timesteps"]):
-        before_step(k)
+        cache.step(k)
         out = call(model, x, t, inputs, guidance)
+        out = torch.cat([cache.fix(out[:, : x.shape[1]]), out[:, x.shape[1] :]], dim=1)
         outputs.append(out[:, : x.shape[1]])
         x = UPDATES[spec["kind"]](x, k, out, spec, memory)
     return x, torch.stack(outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,44 @@ import torch
 from torch import Tensor
 
 import dittocache
+from dittocache.calibrate.channels import channel_statistic, channel_weights, low_rank_factors
+from dittocache.fill import At, Entry, Fill
+from dittocache.fill.base import Features
 from dittocache.plan import COMPUTE, Site
-from dittocache.when import Counter, DualInterval, ModuleIntervals, SoftInterval
+from dittocache.when import Counter, DualInterval, Every, ModuleIntervals, SoftInterval
 from dittocache.which import scores
 from dittocache.which.ratios import default_factor, ratio_at, token_count
 
 Inputs = dict[str, Tensor]
+
+
+# functions that also get the pack and the case: (settings, inputs, goldens, case)
+WITH_NETWORK: list[Callable[..., Inputs]] = []
+# tensors that are held to a relative L2 tolerance, by the tolerance's name
+RELATIVE = {
+    "loss": "loss_rel",
+    "router_grad": "grad_rel_l2",
+    "router_after_step": None,
+    **dict.fromkeys(
+        ("model_out_full", "teacher_out", "student_out", "mse_per_sample", "penalty_sum", "x_noised", "out_start")
+        + ("x_mid", "out_mid", "x_next", "data_loss_per_sample"),
+        "outputs_rel_l2",
+    ),
+}
+
+
+def relative_tolerance(tolerance: dict[str, Any], name: str) -> float | None:
+    """The relative L2 tolerance that a tensor of a unit case is held to, or None for another sort of comparison."""
+    for key in (RELATIVE.get(name), "rel_l2", "product_rel_l2"):
+        if key in tolerance:
+            return tolerance[key]
+    return None
+
+
+def products(factors: Inputs) -> Inputs:
+    """A @ B of factors named NAME_A and NAME_B: the factors themselves are not unique."""
+    names = {name[:-2] for name in factors}
+    return {name: factors[f"{name}_A"].double() @ factors[f"{name}_B"].double() for name in names}
 
 
 def find(case: dict[str, Any]) -> Callable[[dict[str, Any], Inputs], Inputs] | None:
@@ -39,6 +72,10 @@ def find(case: dict[str, Any]) -> Callable[[dict[str, Any], Inputs], Inputs] | N
         if isinstance(settings.get("module_ratio_factor"), dict) and "double" in settings["module_ratio_factor"]:
             return flux
         return pixart if "module_ratio_factor" in settings else dit
+    if case["method"] == "icc" and what.startswith("channel weights"):
+        return icc_statistics
+    if case["method"] == "icc" and what.endswith("factors"):
+        return icc_factors
     return None
 
 
@@ -133,3 +170,71 @@ def opensora(settings: dict[str, Any], x: Inputs) -> Inputs:
     sites = [Site(f"{b}.{kind}", kind, "blocks", b, 2, b) for b in range(2) for kind in kinds]
     table = when.table(settings["num_steps"], sites)
     return {"types": torch.tensor(np.where(table == COMPUTE, 0, 1).reshape(-1, 2, 3))}
+
+
+class Listener(Fill):
+    """Holds the input and output of every linear layer in the latest forward, by kind and block."""
+
+    keeps_inputs = True
+
+    def __init__(self) -> None:
+        self.heard: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+    def keep(self, entry: Entry, value: Features, at: At) -> None:
+        assert at.inputs is not None
+        self.heard[at.site.kind, at.site.block] = (at.inputs, value[0])
+
+
+def linear_features(x: Inputs, timesteps: Tensor, network: Any) -> list[dict[tuple[str, int], tuple[Tensor, Tensor]]]:
+    """(input, output) of every linear layer in every call, by kind and block."""
+    calls, listener = [], Listener()
+    recipe = dittocache.Recipe(Every(1), where="linear", fill=listener)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message=".*skipped nothing")
+        with dittocache.enable(network, recipe) as cache, cache.run(len(x["x_t"])):
+            for call, (x_t, i, y) in enumerate(zip(x["x_t"], x["t_index"], x["y"], strict=True)):
+                cache.step(call)
+                network(x_t, timestep=timesteps[-1 - i], class_labels=y)
+                calls.append(listener.heard)
+                listener.heard = {}
+    return calls
+
+
+def icc_statistics(settings: dict[str, Any], x: Inputs, goldens: Any, case: dict[str, Any]) -> Inputs:
+    """Statistics of single forwards or, if of changes, of pairs: a forward at i, and one at i - 1."""
+    timesteps = torch.tensor(goldens.data["samplers"][settings["sampler"]]["timesteps"])
+    calls = linear_features(x, timesteps, goldens.network(case["network"]))
+    if "change" in settings["statistic"]:
+        assert torch.equal(x["t_index"][1::2], x["t_index"][::2] - 1), "calls in pairs of adjacent steps"
+        calls = [
+            {at: (new[at][0] - old[at][0], new[at][1] - old[at][1]) for at in new}
+            for old, new in zip(calls[::2], calls[1::2], strict=True)
+        ]
+    samples, blocks = len(calls) * x["x_t"].shape[1], max(block for _, block in calls[0]) + 1
+
+    def weights(side: int, *kinds: str) -> Tensor:
+        sums = [
+            sum(channel_statistic(*(call[kind, block][side] for kind in kinds)) for call in calls)
+            for block in range(blocks)
+        ]
+        parameters = settings["power"], settings["floor_ratio"], len(kinds)
+        return torch.stack([channel_weights(total / samples, *parameters) for total in sums])
+
+    left = dict(zip("qkv", weights(1, "q", "k", "v").chunk(3, dim=1)))
+    left |= {kind: weights(1, kind) for kind in ("proj", "fc1", "fc2")}
+    right = {kind: weights(0, kind) for kind in left}
+    return {f"{kind}_left": w for kind, w in left.items()} | {f"{kind}_right": w for kind, w in right.items()}
+
+
+def icc_factors(settings: dict[str, Any], x: Inputs, goldens: Any, case: dict[str, Any]) -> Inputs:
+    """Products of the factors of every linear layer; without channel weights among the inputs, of the plain SVD."""
+    found: dict[str, list[Tensor]] = {}
+    for entry in dittocache.describe(goldens.network(case["network"])).linears:
+        kind, block = entry.site.kind, entry.site.block
+        left, right = (x[f"{kind}_{side}"][block] if f"{kind}_{side}" in x else None for side in ("left", "right"))
+        for letter, factor in zip("AB", low_rank_factors(entry.module.weight, left, right, settings["rank"])):
+            found.setdefault(f"{kind}_{letter}", []).append(factor)
+    return products({name: torch.stack(factors) for name, factors in found.items()})
+
+
+WITH_NETWORK += [icc_statistics, icc_factors]

@@ -1,6 +1,9 @@
 """What stands in for what was not computed? Tensors in, tensors out."""
 
-from .base import Entry, Fill
+from .base import At, Entry, Fill
+from .gradient import GradientQueue
 from .hold import Hold
+from .increment import LowRankIncrement
+from .trend import Trend
 
-__all__ = ["Entry", "Fill", "Hold"]
+__all__ = ["At", "Entry", "Fill", "GradientQueue", "Hold", "LowRankIncrement", "Trend"]

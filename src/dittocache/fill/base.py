@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..parts import Part
+from ..plan import Site
 
 Features = tuple[Tensor, ...]
+
+
+class At(NamedTuple):
+    """Where a run stands when a fill is asked.
+
+    Attributes:
+        step: k, counted from the noisiest.
+        num_steps: T.
+        site: the column.
+        inputs: first input of the site's module, [batch, tokens, channels]; None where a fill does not ask for it.
+        together: every site of the block is reused in this step.
+    """
+
+    step: int
+    num_steps: int
+    site: Site
+    inputs: Tensor | None = None
+    together: bool = False
 
 
 @dataclass
@@ -19,7 +38,8 @@ class Entry:
 
     Attributes:
         values: the outputs that are kept, newest first; each a tuple of tensors (one, unless the module returns more).
-        steps: the steps k at which they were computed.
+        steps: the steps k at which they were computed, or made up by a fill that goes on from its own outputs.
+        inputs: the input that the newest output was computed from, for fills that ask for it.
         versions: change counters of the tensors when they were stored.
         single: the module returns one tensor, not a tuple.
         signature: shape, dtype and device of the inputs they belong to; other inputs make the entry worthless.
@@ -30,6 +50,7 @@ class Entry:
 
     values: list[Features] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    inputs: Tensor | None = None
     versions: tuple[int, ...] = ()
     single: bool = True
     signature: tuple[Any, ...] = ()
@@ -38,29 +59,47 @@ class Entry:
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def bytes(self) -> int:
-        """Memory of all tensors kept, in bytes."""
-        tensors = [t for value in self.values for t in value]
-        tensors += [t for t in (self.ages, self.observed, *self.memory.values()) if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def kept(self) -> list[Tensor]:
+        """The features that fills work with."""
+        return [t for value in self.values for t in value] + ([] if self.inputs is None else [self.inputs])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are kept."""
+        more = [t for t in (self.ages, self.observed, *self.memory.values()) if isinstance(t, Tensor)]
+        return self.kept + more
 
 
 class Fill(Part):
     """Keeps computed outputs and makes up the missing ones from them."""
 
     name: ClassVar[str] = ""  # as a plan names the fill of a step
+    keeps_inputs: ClassVar[bool] = False  # wants the module's input, at computed steps and at reused ones
+    mixes: ClassVar[bool] = False  # also changes what a computed module hands on
 
-    def keep(self, entry: Entry, value: Features, step: int) -> None:
-        """Stores what was computed at step k."""
+    def keep(self, entry: Entry, value: Features, at: At) -> None:
+        """Stores what was computed."""
         raise NotImplementedError
 
     def ready(self, entry: Entry) -> bool:
         """Whether enough is kept to fill."""
         return bool(entry.values)
 
-    def fill(self, entry: Entry, step: int) -> Features:
-        """The stand-in at step k; must not be changed in place by the caller."""
+    def fill(self, entry: Entry, at: At) -> Features:
+        """The stand-in; must not be changed in place by the caller. Asked again in the same step, it is the same."""
         raise NotImplementedError
+
+    def mix(self, entry: Entry, value: Features, at: At) -> Features:
+        """What a computed module hands on, if the fill `mixes`: its output, as a rule."""
+        return value
+
+    def names(self) -> set[str]:
+        """The sites that the fill has data for; a model must have them all."""
+        return set()
+
+    def cost(self, site: Site) -> float:
+        """FLOPs of filling a site, as a share of computing it."""
+        return 0.0
 
     def write(self, entry: Entry, index: Tensor, rows: Tensor) -> Tensor:
         """Writes newly computed tokens into the newest output that is kept, and returns it.
@@ -71,7 +110,8 @@ class Fill(Part):
             rows: [batch, count, channels].
         """
         (held,) = entry.values[0]
-        if torch.is_grad_enabled() or held.is_inference() != torch.is_inference_mode_enabled():
+        shared = any(held is older for value in entry.values[1:] for older in value)
+        if shared or torch.is_grad_enabled() or held.is_inference() != torch.is_inference_mode_enabled():
             entry.values[0] = (held.scatter(1, index, rows.detach()),)
         else:
             held.scatter_(1, index, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Entry, Features, Fill
+from .base import At, Entry, Features, Fill
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class Hold(Fill):
 
     name = "hold"
 
-    def keep(self, entry: Entry, value: Features, step: int) -> None:
-        entry.values, entry.steps = [value], [step]
+    def keep(self, entry: Entry, value: Features, at: At) -> None:
+        entry.values, entry.steps = [value], [at.step]
 
-    def fill(self, entry: Entry, step: int) -> Features:
+    def fill(self, entry: Entry, at: At) -> Features:
         return entry.values[0]

@@ -2,6 +2,18 @@
 
 from .base import When
 from .fixed import Counter, Every, ModuleIntervals, Table
+from .learned import ReuseSteps, Router, States
 from .soft import DualInterval, SoftInterval
 
-__all__ = ["Counter", "DualInterval", "Every", "ModuleIntervals", "SoftInterval", "Table", "When"]
+__all__ = [
+    "Counter",
+    "DualInterval",
+    "Every",
+    "ModuleIntervals",
+    "ReuseSteps",
+    "Router",
+    "SoftInterval",
+    "States",
+    "Table",
+    "When",
+]

@@ -24,6 +24,9 @@ class When(Part):
         """Float array [num_steps, len(sites)] of COMPUTE, REUSE, PARTIAL, a share of tokens, or OPEN."""
         raise NotImplementedError
 
+    def fits(self, sites: Sequence[Site]) -> None:
+        """Raises a ValueError if the schedule is not one for these sites; asked before anything is changed."""
+
     def decide(self, step: int, site: Site, args: tuple[Any, ...], memory: dict[str, Any]) -> float | Tensor:
         """Share for an entry that `table` left OPEN, asked when the forward reaches the site.
 

@@ -1,0 +1,115 @@
+"""What is drawn to calibrate or train from: the pipeline's own samples, each with a seed of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import origin
+from ..parts import check_bool, check_int, check_number, plain, show
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How samples are drawn: everything that their statistics depend on, apart from the model.
+
+    Sample j has condition j modulo their number and the seed `seed + j`, so that results depend neither on the batch
+    size nor on how samples are shared out.
+
+    Args:
+        num_steps: T.
+        guidance_scale: strength of classifier-free guidance.
+        seed: seed of sample 0.
+        conditions: class labels (numbers) or prompts (texts); empty: all classes of a class-conditional model.
+        shared_noise: every sample starts from the noise of `seed`, as some authors calibrate.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    num_steps: int = 50
+    guidance_scale: float = 1.5
+    seed: int = 0
+    conditions: tuple[int | str, ...] = ()
+    shared_noise: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "conditions", plain(tuple(self.conditions)))
+        check_int("num_steps", self.num_steps, 1)
+        check_number("guidance_scale", self.guidance_scale)
+        check_int("seed", self.seed, 0)
+        check_bool("shared_noise", self.shared_noise)
+        if not all(isinstance(c, (int, str)) and not isinstance(c, bool) for c in self.conditions):
+            raise ValueError(f"conditions are class labels or prompts; got {show(self.conditions)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "conditions": list(self.conditions)}
+
+    def condition(self, pipe: Any, sample: int) -> int | str:
+        """Class label or prompt of a sample."""
+        conditions = self.conditions or range(classes(pipe))
+        return conditions[sample % len(conditions)]
+
+    def generator(self, sample: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + (0 if self.shared_noise else sample))
+
+
+def takes(pipe: Any) -> str:
+    """Name of the argument that a pipeline is conditioned on: `class_labels` or `prompt`.
+
+    Raises:
+        ValueError: the pipeline has neither.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    for name in ("class_labels", "prompt"):
+        if name in accepted:
+            return name
+    raise ValueError(f"{type(pipe).__name__} takes neither class_labels nor prompt: it cannot be sampled here")
+
+
+def classes(pipe: Any) -> int:
+    """Number of classes of a class-conditional pipeline.
+
+    Raises:
+        ValueError: it is conditioned on text, so that prompts must be given.
+    """
+    if takes(pipe) != "class_labels":
+        raise ValueError(f"{type(pipe).__name__} draws from prompts: pass some as conditions")
+    return int(pipe.transformer.config.num_embeds_ada_norm)
+
+
+def conditional_half(pipe: Any) -> int:
+    """Which half of a batch with guidance holds the conditional rows: pipelines with text put them second."""
+    return 0 if takes(pipe) == "class_labels" else 1
+
+
+def draw(pipe: Any, setup: Setup, samples: Sequence[int], output_type: str = "pt") -> Any:
+    """Draws some samples with whatever cache is on; pictures [n, channels, height, width] for output_type "pt"."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="dittocache:")  # everything is computed here, and is meant to be
+        return pipe(
+            **{takes(pipe): [setup.condition(pipe, j) for j in samples]},
+            num_inference_steps=setup.num_steps,
+            guidance_scale=setup.guidance_scale,
+            generator=[setup.generator(j) for j in samples],
+            output_type=output_type,
+        ).images
+
+
+def timesteps(pipe: Any, setup: Setup) -> Tensor:
+    """The timesteps of a run; the pipeline's scheduler is left as it is."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(setup.num_steps)
+    return scheduler.timesteps
+
+
+def made_for(pipe: Any, setup: Setup) -> dict[str, Any]:
+    """What a recipe that is made from this setup is good for (`Recipe.made_for`)."""
+    return origin.made_for(pipe.transformer, pipe.scheduler, timesteps(pipe, setup).tolist())

@@ -1,0 +1,66 @@
+"""Trend: the kept output, scaled element by element with a calibrated trend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..parts import check_bool, check_number, show
+from ..tensors import Tensors
+from .base import At, Entry, Features, Fill
+
+
+@dataclass(frozen=True)
+class Trend(Fill):
+    """out = c (1 + theta E[site, k]), elementwise (EOC, arXiv 2501.19243).
+
+    Args:
+        trend: "site@step" -> E = A[k] - A[k-1], the difference of the mean features of two adjacent steps,
+            [tokens, channels]. A site or step that is missing is held: the judgment table M is what is there.
+        theta: strength of the correction.
+        write_back: the corrected output takes the kept one's place, as in the authors' code, so that reused steps in a
+            row compound; False corrects the last computed output every time.
+    """
+
+    trend: Tensors
+    theta: float = 0.01
+    write_back: bool = True
+
+    name = "trend"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("theta", self.theta)
+        check_bool("write_back", self.write_back)
+        if not isinstance(self.trend, Tensors):
+            object.__setattr__(self, "trend", Tensors(self.trend))
+        for name, tensor in self.trend.items():
+            if not name.rpartition("@")[2].isdigit() or tensor.ndim != 2:
+                raise ValueError(f"a trend is named SITE@STEP and is [tokens, channels]; got {show(name)}")
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name.rpartition("@")[0]: tuple(tensor.shape) for name, tensor in self.trend.items()}
+
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def keep(self, entry: Entry, value: Features, at: At) -> None:
+        wanted = self._shapes.get(at.site.name)
+        if wanted is not None and tuple(value[0].shape[-2:]) != wanted:
+            found = " x ".join(map(str, value[0].shape[-2:]))
+            raise ValueError(
+                f"the trend of {at.site.name!r} is for {' x '.join(map(str, wanted))} tokens x channels; "
+                f"this run has {found}: calibrate for this size"
+            )
+        entry.values, entry.steps = [value], [at.step]
+
+    def fill(self, entry: Entry, at: At) -> Features:
+        name = f"{at.site.name}@{at.step}"
+        if name not in self.trend or (self.write_back and entry.steps[0] == at.step):
+            return entry.values[0]
+        first, *others = entry.values[0]
+        filled = (first * (1 + self.theta * self.trend.like(name, first)), *others)
+        if self.write_back:
+            entry.values, entry.steps = [filled], [at.step]
+        return filled

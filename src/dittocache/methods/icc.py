@@ -1,0 +1,51 @@
+"""ICC, Increment-Calibrated Caching (arXiv 2505.05829)."""
+
+from typing import Annotated, Any, Literal
+
+from ..fill import Hold, LowRankIncrement
+from ..recipe import Data, Int, Recipe, method
+from ..tensors import Tensors
+from ..when import Every
+from .base import read_file
+
+
+@method(
+    name="icc",
+    title="Accelerating Diffusion Transformer via Increment-Calibrated Caching with Channel-Aware Singular Value "
+    "Decomposition",
+    arxiv="2505.05829",
+    bibtex="""@inproceedings{chen2025icc,
+  title={Accelerating Diffusion Transformer via Increment-Calibrated Caching with Channel-Aware Singular Value
+    Decomposition},
+  author={Chen, Zhiyuan and Li, Keyi and Jia, Yifan and Ye, Le and Ma, Yufei},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2025},
+  note={arXiv:2505.05829}
+}""",
+    needs="calibration",
+    settings={"DiT-XL/2 256, DDIM 100 steps": {"period": 2, "rank": 128, "factors": "activation-svd"}},
+)
+def icc(
+    period: Annotated[int, Int(1, help="step k is full iff k mod period = 0")] = 2,
+    factors: Annotated[
+        Literal["reuse", "svd", "activation-svd", "change-svd"],
+        "how the low-rank factors were made: from the weights alone, or weighted by channel with the size of "
+        "activations, or of their change between steps; reuse for none",
+    ] = "activation-svd",
+    rank: Annotated[int | None, Int(1, help="largest rank of the factors, for the record")] = None,
+    factor_tensors: Annotated[Any, Data("SITE/A -> [out, rank] and SITE/B -> [rank, in] of every linear layer")] = None,
+) -> Recipe:
+    """A reused linear layer adds a low-rank map of its input's change: y_c + A B (x - x_c); attention is computed."""
+    when = Every(period, anchor="start")
+    if factors == "reuse":
+        return Recipe(where="module", when=when, fill=Hold())
+    if factor_tensors is None:
+        raise ValueError(
+            "icc needs factor_tensors: calibrate them with `dittocache calibrate icc` (or factors='reuse')"
+        )
+    path = isinstance(factor_tensors, str) or hasattr(factor_tensors, "__fspath__")
+    tensors = Tensors(read_file(factor_tensors) if path else factor_tensors)
+    found = max((t.shape[-1] for name, t in tensors.items() if name.endswith("/A") and t.ndim), default=0)
+    if rank is not None and rank != found:
+        raise ValueError(f"rank is {rank}, but the largest of the factor_tensors is {found}")
+    return Recipe(where="linear", when=when, fill=LowRankIncrement(tensors))
