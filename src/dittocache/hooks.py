@@ -7,11 +7,12 @@ model's own code is never copied, and without a run the hooks hand everything th
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -213,6 +214,36 @@ def attach(transformer: nn.Module, cache: Any, description: Description) -> Atta
             detach(transformer, cache)
             raise
         return attachment
+
+
+class Call(NamedTuple):
+    """One forward of a transformer: what went in, and the first tensor that came out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+    @property
+    def sample(self) -> Tensor:
+        """The noisy sample that went in."""
+        value = self.args[0] if self.args else self.kwargs.get("hidden_states", self.kwargs.get("sample"))
+        return value  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def captured(transformer: nn.Module) -> Iterator[list[Call]]:
+    """Inputs and outputs of the forwards within, in order; inputs by reference, which samplers do not change."""
+    calls: list[Call] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        first = output if isinstance(output, Tensor) else output[0]
+        calls.append(Call(args, dict(kwargs), first))
+
+    handle = transformer.register_forward_hook(see, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def detach(transformer: nn.Module, cache: Any) -> None:

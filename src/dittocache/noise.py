@@ -57,10 +57,9 @@ def levels(scheduler: Any) -> tuple[Tensor, Tensor]:
     trained = getattr(scheduler, "alphas_cumprod", None) if hasattr(scheduler, "add_noise") else None
     if getattr(scheduler, "sigmas", None) is not None and (flow or trained is not None):
         sigmas = _double(scheduler.sigmas)[:steps].clone()
-        if hasattr(scheduler, "sigmas_interpol"):  # KDPM2: every second forward is between two sigmas,
-            between = _double(scheduler.sigmas_interpol)  # kept one place earlier by the ancestral one
-            sigmas[1::2] = between[: steps - 1 : 2] if hasattr(scheduler, "sigmas_down") else between[1:steps:2]
-        elif hasattr(scheduler, "mid_point_sigma"):  # DPM-Solver SDE: likewise, but not kept
+        # KDPM2 and DPM-Solver SDE: every second forward is between two sigmas; with ancestral steps that is the next one
+        between = hasattr(scheduler, "sigmas_interpol") and not hasattr(scheduler, "sigmas_down")
+        if between or hasattr(scheduler, "mid_point_sigma"):
             sigmas[1::2] = (sigmas[: steps - 1 : 2] * sigmas[1::2]).sqrt()
         alpha, sigma = (1 - sigmas, sigmas) if flow else (1 / (1 + sigmas**2).sqrt(), sigmas / (1 + sigmas**2).sqrt())
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):

@@ -210,7 +210,7 @@ def _set_aside(value: Any, path: str, arrays: dict[str, torch.Tensor]) -> Any:
     """JSON data without its tensors and tables of numbers: those go into `arrays`, under their dotted path."""
     if isinstance(value, Tensors):
         arrays |= {f"{path}:{name}": tensor for name, tensor in value.items()}
-        return {"tensors": path}
+        return {"tensors": path, "count": len(value)}
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, dict):
@@ -225,10 +225,10 @@ def _set_aside(value: Any, path: str, arrays: dict[str, torch.Tensor]) -> Any:
 def _put_back(value: Any, arrays: Mapping[str, torch.Tensor]) -> Any:
     """Inverse of `_set_aside`."""
     if isinstance(value, dict):
-        if set(value) == {"tensors"}:
+        if set(value) == {"tensors", "count"}:
             mine = f"{value['tensors']}:"
             found = {name.removeprefix(mine): t for name, t in arrays.items() if name.startswith(mine)}
-            if not found:
+            if len(found) != value["count"]:
                 raise ValueError(f"damaged recipe: tensors {show(value['tensors'])} are missing from {ARRAYS}")
             return Tensors(found)
         if set(value) == {"array"}:
@@ -265,6 +265,18 @@ class Steps:
     low: int
     high: int | None = None
     help: str = ""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Annotation of a rank: one whole number, or one for every kind of layer."""
+
+    help: str = ""
+
+    @staticmethod
+    def check(name: str, value: Any) -> None:
+        for kind, rank in value.items() if isinstance(value, Mapping) else [(None, value)]:
+            check_int(name if kind is None else f"{name} of {show(kind)}", rank, 1)
 
 
 @dataclass(frozen=True)
@@ -341,7 +353,7 @@ def method(
     def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
         hints = typing.get_type_hints(build, include_extras=True)
         signature = inspect.signature(build).parameters
-        parameters = {p: _parameter(p, hints[p], signature[p].default) for p in signature}
+        parameters = {p: parameter(p, hints[p], signature[p].default) for p in signature}
         summary = inspect.cleandoc(build.__doc__ or "").splitlines()[0]
         _methods[name] = Method(name, title, arxiv, bibtex, needs, summary, parameters, dict(settings or {}), build)
         return build
@@ -349,7 +361,7 @@ def method(
     return register
 
 
-def _parameter(name: str, hint: Any, default: Any) -> Parameter:
+def parameter(name: str, hint: Any, default: Any) -> Parameter:
     """Reads `Annotated[type, Int | Number | help text]`; `| None` makes a parameter optional."""
     base, *notes = typing.get_args(hint)
     note = notes[0]
@@ -357,6 +369,8 @@ def _parameter(name: str, hint: Any, default: Any) -> Parameter:
     options = [a for a in typing.get_args(base) if a is not types.NoneType] if _is_union(base) else [base]
     optional, kind = _is_union(base), options[0]
     check: Callable[[Any], None]
+    if isinstance(note, Ranks):
+        return Parameter(name, "ranks", default, help_text, "1 or more, or KIND: rank", lambda v: note.check(name, v))
     if isinstance(note, Data):
         return Parameter(name, "data", default, help_text, "tensors by name, or a file", lambda v: None)
     if isinstance(note, Steps):

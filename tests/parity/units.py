@@ -15,6 +15,9 @@ from dittocache.calibrate.channels import channel_statistic, channel_weights, lo
 from dittocache.fill import At, Entry, Fill
 from dittocache.fill.base import Features
 from dittocache.plan import COMPUTE, Site
+from dittocache.train.loop import clamp, optimizer_of
+from dittocache.train.objective import Objective, class_conditional
+from dittocache.train.steps import OuterSteps, Pairs
 from dittocache.when import Counter, DualInterval, Every, ModuleIntervals, SoftInterval
 from dittocache.which import scores
 from dittocache.which.ratios import default_factor, ratio_at, token_count
@@ -66,6 +69,8 @@ def find(case: dict[str, Any]) -> Callable[[dict[str, Any], Inputs], Inputs] | N
         return lambda s, x: {"scores": torch.stack([scores.cross_attention_entropy_rows(m) for m in x["maps"]])}
     if what.startswith("cross-attention entropy score"):
         return lambda s, x: {"score": scores.cross_attention_entropy(x["x"])}
+    if what == "one router training step":
+        return l2c_training
     if case["method"] in ("toca", "duca") and "-unit-schedule-" in case["id"]:
         if "module_intervals" in settings:
             return opensora
@@ -238,3 +243,50 @@ def icc_factors(settings: dict[str, Any], x: Inputs, goldens: Any, case: dict[st
 
 
 WITH_NETWORK += [icc_statistics, icc_factors]
+
+
+# ---- L2C's training step --------------------------------------------------------------------------------------------
+def l2c_training(settings: dict[str, Any], x: Inputs, goldens: Any, case: dict[str, Any]) -> Inputs:
+    """One step of router training: the objective, its gradient, and the row after AdamW (and, for DiT, the clamp)."""
+    network, spec = goldens.network(case["network"]), goldens.data["samplers"][settings["sampler"]]
+    labels, outer = x["y"], "outer_step" in settings
+    walk: Any
+    if outer:
+        walk, row = OuterSteps(spec["num_steps"]), settings["trained_row"]
+        assert row == settings["outer_step"] + 1
+        assert walk.whole(row - 1) == settings["noise_index"] and walk.whole(row) == settings["student_timestep"]
+    else:
+        kept = torch.tensor(spec["alphas_cumprod"], dtype=torch.float64)
+        walk, row = Pairs(spec["timesteps"], kept.sqrt(), (1 - kept).sqrt(), "epsilon"), settings["cache_index"]
+        assert row == settings["full_index"] - 1
+    predict, null = class_conditional(network)
+    if "label_dropped" in x:
+        labels = torch.where(x["label_dropped"].bool(), null, labels)
+    logits = [row.clone().requires_grad_() for row in x["router_logits"]]
+    optimizer = optimizer_of(logits, settings["learning_rate"])
+    rows = torch.full((len(labels),), row)
+    with Objective(network, predict) as objective:
+        options = {"penalty": settings["penalty"], "threshold": settings["hard_threshold"]}
+        terms = objective(walk, logits, rows, x["x_start"], x["noise"], labels, **options)
+    terms.loss.backward()
+    assert [n for n, p in enumerate(logits) if p.grad is not None] == [row]
+    optimizer.step()
+    clamp(logits, walk.limit)
+    assert all(torch.equal(p, old) for n, (p, old) in enumerate(zip(logits, x["router_logits"])) if n != row)
+    found = {
+        "teacher_out": terms.teacher,
+        "student_out": terms.student,
+        "penalty_sum": terms.penalty[:1],
+        "loss": terms.loss,
+        "router_grad": logits[row].grad,
+        "router_after_step": logits[row],
+    }
+    if outer:
+        (_, start), (x_mid, middle) = terms.recorded
+        found |= {"x_noised": terms.noisy, "out_start": start, "x_mid": x_mid, "out_mid": middle, "x_next": terms.x}
+        return {name: t.detach() for name, t in (found | {"data_loss_per_sample": terms.data}).items()}
+    found |= {"model_out_full": terms.recorded[0][1], "mse_per_sample": terms.data}
+    return {name: t.detach() for name, t in found.items()}
+
+
+WITH_NETWORK.append(l2c_training)

@@ -1,0 +1,155 @@
+"""What a method records from uncached runs, and what it makes of it: the interface, and the recording itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache import enable, wanted
+from ..describe import describe
+from ..fill import At, Entry, Fill
+from ..parts import jsonable
+from ..recipe import Parameter, Recipe, parameter
+from ..when import Every, When
+from .setup import Setup, conditional_half, draw
+from .statistics import Statistics
+
+class Seen(NamedTuple):
+    """Output and (if asked for) input of a module, conditional rows only: [samples, tokens, channels]."""
+
+    output: Tensor
+    input: Any
+
+
+See = Callable[[At, Seen, "Seen | None"], None]  # where the run stands, this step's, the step before's
+CALIBRATORS: dict[str, type[Calibrator]] = {}
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """A method's calibration: a frozen dataclass whose fields are its parameters, annotated like a method's.
+
+    Attributes:
+        method: name of the method.
+        where: the sites that are recorded, as in a recipe.
+        keeps_inputs: their inputs are wanted, too.
+        needs_samples: False if these parameters make a recipe of the weights alone.
+    """
+
+    method: ClassVar[str]
+    where: ClassVar[str] = "module"
+    keeps_inputs: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        CALIBRATORS[cls.method] = cls
+
+    @classmethod
+    def parameters(cls) -> dict[str, Parameter]:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return {f.name: parameter(f.name, hints[f.name], f.default) for f in dataclasses.fields(cls)}
+
+    @property
+    def needs_samples(self) -> bool:
+        return True
+
+    def settings(self) -> dict[str, Any]:
+        """Those parameters that the statistics depend on; the others may change between recording and fitting."""
+        return {}
+
+    def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:
+        """A function that adds what it sees of an uncached run to the sums.
+
+        Raises:
+            ValueError: parameters, model and setup do not go together; asked before anything is drawn.
+        """
+        raise NotImplementedError
+
+    def collect(self, pipe: Any, setup: Setup, samples: Sequence[int]) -> dict[str, Tensor]:
+        """Draws some samples uncached, and returns the sums over them."""
+        sums: dict[str, Tensor] = {}
+        half = None if setup.guidance_scale <= 1 else conditional_half(pipe)
+        recorder = Recorder(self.watch(pipe, setup, sums), self.keeps_inputs, half, len(samples))
+        with enable(pipe, Recipe(when=Every(1), where=self.where, fill=recorder, method="none")):
+            draw(pipe, setup, samples)
+        return sums
+
+    def fit(self, statistics: Statistics, pipe: Any, setup: Setup) -> Recipe:
+        """The recipe that the statistics give."""
+        raise NotImplementedError
+
+
+class Recorder(Fill):
+    """Shows every computed output, and that of the step before, to a function; nothing else is kept."""
+
+    def __init__(self, see: See, keeps_inputs: bool, half: int | None, samples: int) -> None:
+        self.see, self.half, self.samples = see, half, samples
+        self.keeps_inputs = keeps_inputs  # type: ignore[misc]
+
+    def keep(self, entry: Entry, value: tuple[Tensor, ...], at: At) -> None:
+        old = Seen(self._rows(entry.values[0][0]), self._rows(entry.inputs)) if entry.values else None
+        self.see(at, Seen(self._rows(value[0]), self._rows(at.inputs)), old)
+        entry.values, entry.steps, entry.inputs = [value[:1]], [at.step], at.inputs
+
+    def _rows(self, value: Any) -> Any:
+        """The conditional rows of a batch that holds both halves of guidance."""
+        if value is None or self.half is None or len(value) != 2 * self.samples:
+            return value
+        return value.chunk(2)[self.half]
+
+
+def add(sums: dict[str, Tensor], name: str, value: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    """Adds a value to a sum, on the CPU."""
+    value = value.detach().to("cpu", dtype)
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value.clone()
+
+
+def digest(tensor: Tensor) -> str:
+    """A short text that tells tensors apart."""
+    return hashlib.sha256(tensor.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def reused(when: When, pipe: Any, num_steps: int, where: str = "module") -> dict[str, list[int]]:
+    """Site -> the steps at which a schedule reuses it.
+
+    Raises:
+        ValueError: the schedule is not one for this model or number of steps.
+    """
+    description = describe(pipe.transformer)
+    used = wanted(Recipe(when=when, where=where), description)
+    sites = [description.columns[j] for j in used]
+    table = when.table(num_steps, sites)
+    return {site.name: [int(k) for k in np.flatnonzero(table[:, n] == 0)] for n, site in enumerate(sites)}
+
+
+def make(method: str, params: Mapping[str, Any]) -> Calibrator:
+    """The calibrator of a method.
+
+    Raises:
+        ValueError: the method is not calibrated, or has no such parameter, or a value is out of range.
+    """
+    if method not in CALIBRATORS:
+        raise ValueError(f"{method!r} is not calibrated; these are: {', '.join(sorted(CALIBRATORS))}")
+    known = CALIBRATORS[method].parameters()
+    for name, value in params.items():
+        if name not in known:
+            raise ValueError(f"calibrating {method} has no parameter {name!r}; known: {', '.join(known)}")
+        known[name].check(value)
+    return CALIBRATORS[method](**params)
+
+
+def described(calibrator: Calibrator) -> dict[str, Any]:
+    """Parameters as JSON values, without tensors."""
+    kinds = calibrator.parameters()
+    return {n: jsonable(getattr(calibrator, n)) for n, p in kinds.items() if p.type != "data"}

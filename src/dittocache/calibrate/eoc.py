@@ -1,0 +1,99 @@
+"""EOC's prior: mean trends of features, and which reused steps they are worth applying at (arXiv 2501.19243)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..fill import At
+from ..methods.base import Interval, ReuseList, RouterLogits, Threshold, read_router, schedule
+from ..recipe import Int, Number, Recipe, recipe
+from .base import Calibrator, See, Seen, add, digest, reused
+from .setup import Setup
+from .statistics import Statistics
+from .trial import Trial
+
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CalibrateEOC(Calibrator):
+    """Sums the change of every module's output since the step before, at the steps that the schedule reuses.
+
+    The judgment table M of the abstract ("decide which caching steps are worth correcting") is not public; `judge`
+    is a rule of our own. "none" corrects everything, as the authors' released bytecode does. "trial" keeps a step's
+    correction only if a run with it, on calibration samples, comes closer to the uncached pictures; steps are tried in
+    the order of sampling, on top of those kept so far. `size_quantile` leaves out the sites and steps with the smallest
+    ||E|| / ||A|| beforehand.
+    """
+
+    method = "eoc"
+
+    theta: Annotated[float, Number(-float("inf"), help="strength of the correction")] = 0.01
+    interval: Interval = 2
+    reuse_steps: ReuseList = None
+    router_logits: RouterLogits = None
+    threshold: Threshold = 0.1
+    judge: Annotated[
+        Literal["none", "trial"], "correct everything, or only the steps that trial runs show to be worth it"
+    ] = "none"
+    size_quantile: Annotated[
+        float, Number(0, 1, help="share of sites and steps with the smallest relative trend that is not corrected")
+    ] = 0.0
+    trial_samples: Annotated[int, Int(1, help="calibration samples in every trial run")] = 16
+    precision: Annotated[Literal["float32", "float16", "bfloat16"], "how trends are stored"] = "float16"
+
+    def _base(self) -> dict[str, Any]:
+        names = ("interval", "reuse_steps", "router_logits", "threshold")
+        return {name: getattr(self, name) for name in names}
+
+    def settings(self) -> dict[str, Any]:
+        router = None if self.router_logits is None else digest(read_router(self.router_logits)["logits"])
+        return {**self._base(), "router_logits": router}  # the schedule decides which trends are summed
+
+    def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:
+        steps = reused(schedule(**self._base()), pipe, setup.num_steps)
+        if not any(steps.values()):
+            raise ValueError(f"the schedule reuses nothing in {setup.num_steps} steps: there is no trend to calibrate")
+
+        def see(at: At, new: Seen, old: Seen | None) -> None:
+            if old is not None and at.step in steps[at.site.name]:
+                name = f"{at.site.name}@{at.step}"
+                add(sums, name, (new.output.float() - old.output.float()).sum(0), torch.float32)
+                add(sums, f"{name}#square", new.output.double().square().sum())
+
+        return see
+
+    def fit(self, statistics: Statistics, pipe: Any, setup: Setup) -> Recipe:
+        count = len(statistics.samples)
+        trend = {name: t / count for name, t in statistics.sums.items() if not name.endswith("#square")}
+        size = {name: _size(t, statistics.sums[f"{name}#square"] / count) for name, t in trend.items()}
+        limit = float(torch.tensor(list(size.values())).quantile(self.size_quantile))
+        stored = {name: t.to(PRECISIONS[self.precision]) for name, t in trend.items() if size[name] >= limit}
+        if self.judge == "trial":
+            stored = self._judged(stored, Trial(pipe, setup, statistics.samples[: self.trial_samples]))
+        return self._recipe(stored)
+
+    def _recipe(self, trend: dict[str, Tensor]) -> Recipe:
+        return recipe("eoc", trend=trend, theta=self.theta, **self._base())
+
+    def _judged(self, trend: dict[str, Tensor], trial: Trial) -> dict[str, Tensor]:
+        """The trends of those steps whose correction brings trial runs closer to the uncached pictures."""
+        by_step: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in trend.items():
+            by_step.setdefault(int(name.rpartition("@")[2]), {})[name] = tensor
+        kept: dict[str, Tensor] = {}
+        best = trial.error(self._recipe(kept))
+        for _, some in sorted(by_step.items()):
+            error = trial.error(self._recipe({**kept, **some}))
+            if error < best:
+                kept, best = {**kept, **some}, error
+        return kept
+
+
+def _size(trend: Tensor, square: Tensor) -> float:
+    """||E|| / ||A||, the latter as the root of the mean square norm."""
+    return float(trend.double().norm() / square.sqrt().clamp(min=1e-30))

@@ -1,0 +1,70 @@
+"""GOC's inflection detector: the reused steps at which features go on as they went (arXiv 2503.05156)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from ..fill import At
+from ..methods.base import Interval, ReuseList, RouterLogits, Threshold, schedule
+from ..recipe import Number, Recipe, recipe
+from .base import Calibrator, See, Seen, add, reused
+from .setup import Setup
+from .statistics import Statistics
+
+
+@dataclass(frozen=True)
+class CalibrateGOC(Calibrator):
+    """Finds GOC's position list P; the authors' own detector is not public, this one is ours.
+
+    Recorded are, for every site and step, the inner product of a feature's last two changes, and their squares: three
+    numbers. A reused step is corrected if the cosine of the two changes, averaged over the sites, is above `limit`:
+    where it is negative, features turn back, and going on along their last change leads away.
+    """
+
+    method = "goc"
+
+    eta: Annotated[float | None, Number(-float("inf"), help="strength; None for the authors' 1.2, on L2C 0.8")] = None
+    interval: Interval = 2
+    reuse_steps: ReuseList = None
+    router_logits: RouterLogits = None
+    threshold: Threshold = 0.1
+    limit: Annotated[float, Number(-1, 1, help="least mean cosine of two changes in a row at a corrected step")] = 0.0
+
+    def _base(self) -> dict[str, Any]:
+        names = ("interval", "reuse_steps", "router_logits", "threshold")
+        return {name: getattr(self, name) for name in names}
+
+    def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:
+        reused(schedule(**self._base()), pipe, setup.num_steps)  # refuses what does not go together
+        changes: dict[str, Tensor] = {}
+
+        def see(at: At, new: Seen, old: Seen | None) -> None:
+            if old is None:
+                return
+            change, before = (new.output - old.output).double(), changes.get(at.site.name)
+            column = torch.zeros(2, setup.num_steps, dtype=torch.float64)
+            column[0, at.step] = 0.0 if before is None else float((change * before).sum())
+            column[1, at.step] = float(change.square().sum())
+            add(sums, at.site.name, column)
+            changes[at.site.name] = change
+
+        return see
+
+    def fit(self, statistics: Statistics, pipe: Any, setup: Setup) -> Recipe:
+        cosines = self.cosines(statistics)
+        steps = {k for some in reused(schedule(**self._base()), pipe, setup.num_steps).values() for k in some}
+        positions = tuple(k for k in sorted(steps) if k > 1 and float(cosines[k]) > self.limit)
+        base = "static" if self.router_logits is None else "l2c"
+        return recipe("goc", eta=self.eta, base=base, correct_steps=positions, **self._base())
+
+    @staticmethod
+    def cosines(statistics: Statistics) -> Tensor:
+        """Cosine of the change into step k and the one before, mean over the sites: [steps], 0 for k < 2."""
+        inner, square = torch.stack([statistics.sums[name] for name in sorted(statistics.sums)]).unbind(1)
+        cosine = torch.zeros_like(inner)
+        cosine[:, 1:] = inner[:, 1:] / (square[:, 1:] * square[:, :-1]).sqrt().clamp(min=1e-30)
+        return cosine.mean(0)

@@ -1,0 +1,184 @@
+"""Recording and fitting: progress, resume, shards, provenance."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..evaluate.provenance import machine, versions
+from ..hooks import caches_on
+from ..parts import check_int, show
+from ..recipe import FILE, Recipe
+from .base import Calibrator, described, make
+from .setup import Setup, made_for
+from .statistics import FILE as STATISTICS
+from .statistics import Statistics, merge
+
+Progress = Callable[[int, int, str], None]  # samples done, samples in all, what is done
+
+
+def calibrate(
+    pipe: Any,
+    method: str,
+    samples: int | Sequence[int] = 64,
+    setup: Setup | None = None,
+    *,
+    out: str | Path | None = None,
+    batch: int = 8,
+    progress: Progress | None = None,
+    **params: Any,
+) -> Recipe:
+    """Records uncached runs of a pipeline, and makes the method's recipe of them.
+
+    Args:
+        pipe: a diffusers pipeline without a cache.
+        method: one that is calibrated: eoc, goc, icc, eb-cache.
+        samples: how many, or their numbers.
+        setup: how they are drawn.
+        out: folder for the statistics and the recipe. Statistics are written after every batch, and what is there
+            already is not recorded again.
+        batch: samples drawn at once; statistics do not depend on it but for rounding.
+        progress: called after every batch.
+        params: the method's calibration parameters.
+
+    Returns:
+        The recipe; `dittocache.enable(pipe, recipe)`, or `enable(pipe, out)`.
+
+    Raises:
+        ValueError: unknown method or parameter, a value out of range, no samples, a cache is on, the folder holds
+            statistics of other settings, or what was recorded is not finite.
+    """
+    setup, calibrator = setup or Setup(), make(method, params)
+    statistics = record(pipe, calibrator, samples, setup, out=out, batch=batch, progress=progress)
+    found = fit(pipe, calibrator, statistics, setup)
+    if out is not None:
+        found.save_pretrained(out)
+    return found
+
+
+def record(
+    pipe: Any,
+    calibrator: Calibrator,
+    samples: int | Sequence[int],
+    setup: Setup,
+    *,
+    out: str | Path | None = None,
+    batch: int = 8,
+    progress: Progress | None = None,
+) -> Statistics:
+    """The statistics of some samples; arguments and errors as in `calibrate`."""
+    check_int("batch", batch, 1)
+    if isinstance(samples, int):
+        check_int("samples", samples, 1 if calibrator.needs_samples else 0)
+    numbers = list(range(samples)) if isinstance(samples, int) else [int(n) for n in samples]
+    if not calibrator.needs_samples:
+        numbers = []
+    elif not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise ValueError(f"samples are one or more different numbers from 0; got {show(numbers)}")
+    if caches_on(pipe.transformer):
+        raise ValueError("a cache is on: calibration records uncached runs; call dittocache.disable first")
+    settings = _settings(pipe, calibrator, setup)
+    statistics = Statistics(calibrator.method, settings)
+    if out is not None and (Path(out) / STATISTICS).exists():
+        statistics = Statistics.load(out)
+        statistics.check(calibrator.method, settings)
+    todo = [n for n in numbers if n not in set(statistics.samples)]
+    _watch_memory(pipe)
+    for start in range(0, len(todo), batch):
+        part = todo[start : start + batch]
+        began = time.perf_counter()
+        statistics.add(calibrator.collect(pipe, setup, part), part)
+        seconds = statistics.record.get("seconds", 0.0) + time.perf_counter() - began
+        statistics.record = {"seconds": round(seconds, 2), "memory": _memory(pipe, statistics), **_made(pipe)}
+        if out is not None:
+            statistics.save(out)
+        if progress:
+            progress(len(numbers) - len(todo) + start + len(part), len(numbers), calibrator.method)
+    return statistics
+
+
+def fit(pipe: Any, calibrator: Calibrator, statistics: Statistics, setup: Setup) -> Recipe:
+    """The recipe of a calibrator's statistics, with what it was made for and how."""
+    statistics.check(calibrator.method, _settings(pipe, calibrator, setup))
+    made = calibrator.fit(statistics, pipe, setup)
+    provenance = {
+        "calibration": described(calibrator),
+        "setup": setup.to_dict(),
+        "samples": len(statistics.samples),
+        **statistics.record,
+    }
+    return replace(made, made_for=made_for(pipe, setup), provenance=provenance)
+
+
+def merged(
+    pipe: Any, calibrator: Calibrator, folders: Iterable[str | Path], setup: Setup, out: str | Path | None = None
+) -> Recipe:
+    """The recipe of several folders of statistics, recorded apart from different samples.
+
+    Raises:
+        ValueError: a folder is missing or damaged, settings differ, or a sample is in two of them.
+    """
+    statistics = merge(Statistics.load(folder) for folder in folders)
+    found = fit(pipe, calibrator, statistics, setup)
+    if out is not None:
+        statistics.save(out)
+        found.save_pretrained(out)
+    return found
+
+
+def shard(samples: int, text: str) -> list[int]:
+    """Numbers of a share of the samples: "1/4" is the first of four.
+
+    Raises:
+        ValueError: not of that form, or the share is empty.
+    """
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit() or not 1 <= int(index) <= int(count):
+        raise ValueError(f"a shard is given as NUMBER/OF, such as 1/4; got {text!r}")
+    numbers = list(range(int(index) - 1, samples, int(count)))
+    if not numbers:
+        raise ValueError(f"shard {text} of {samples} samples is empty")
+    return numbers
+
+
+def check_folder(out: str | Path) -> None:
+    """Raises a ValueError if a folder holds something that calibration did not write."""
+    path = Path(out)
+    known = (STATISTICS, FILE)
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not any((path / n).exists() for n in known))):
+        raise ValueError(f"{str(out)!r} exists and holds something else: choose another folder")
+
+
+def _settings(pipe: Any, calibrator: Calibrator, setup: Setup) -> dict[str, Any]:
+    """All that statistics depend on apart from the samples."""
+    return {"parameters": calibrator.settings(), "setup": setup.to_dict(), "made_for": made_for(pipe, setup)}
+
+
+def _made(pipe: Any) -> dict[str, Any]:
+    device = pipe.transformer.device
+    return {"versions": versions(), "machine": machine(device)}
+
+
+def _watch_memory(pipe: Any) -> None:
+    if pipe.transformer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(pipe.transformer.device)
+
+
+def _memory(pipe: Any, statistics: Statistics) -> dict[str, int]:
+    """Bytes: of the statistics, and the peak of the process or of the GPU."""
+    found = {"statistics": statistics.bytes}
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["peak of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if pipe.transformer.device.type == "cuda":
+        found["peak of the GPU"] = torch.cuda.max_memory_allocated(pipe.transformer.device)
+    return found

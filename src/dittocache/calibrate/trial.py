@@ -1,0 +1,37 @@
+"""Trial runs: how far a recipe's pictures are from the uncached ones, on calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import enable
+from ..recipe import Recipe
+from .setup import Setup, draw
+
+
+class Trial:
+    """Uncached pictures of some samples, to compare recipes with.
+
+    Args:
+        pipe: the pipeline, without a cache.
+        setup: how the samples are drawn.
+        samples: their numbers.
+        batch: how many are drawn at once.
+    """
+
+    def __init__(self, pipe: Any, setup: Setup, samples: Sequence[int], batch: int = 16) -> None:
+        self.pipe, self.setup = pipe, setup
+        self.parts = [samples[n : n + batch] for n in range(0, len(samples), batch)]
+        self.reference = self._draw()
+
+    def _draw(self) -> Tensor:
+        return torch.cat([draw(self.pipe, self.setup, part) for part in self.parts]).double().cpu()
+
+    def error(self, recipe: Recipe) -> float:
+        """Mean squared error of the recipe's pictures."""
+        with enable(self.pipe, recipe):
+            return float((self._draw() - self.reference).square().mean())
