@@ -300,6 +300,175 @@ class _Steps:
         return inputs
 
 
+# ---- calibrate ------------------------------------------------------------------------------------------------------
+@app.command(
+    epilog=_examples(
+        "dittocache calibrate eoc --out eoc-glyphs",
+        "dittocache calibrate icc -p rank=32 -p factors=change-svd --steps 50 --out icc-glyphs",
+        "dittocache calibrate eoc --shard 1/2 --out a; dittocache calibrate eoc --shard 2/2 --out b; "
+        "dittocache calibrate eoc --merge a --merge b --out whole",
+    )
+)
+def calibrate(
+    method: Annotated[str, typer.Argument(help="eoc, goc, icc or eb-cache.")],
+    out: Annotated[Path, typer.Option(help="Folder of the statistics and the recipe; what is there goes on.")],
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the calibration; --parameters lists."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A bundled model, or the folder of a saved pipeline.")] = MODEL,
+    samples: Annotated[int, typer.Option(min=0, help="How many pictures are drawn uncached.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 for none.")] = 1.5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up.")] = 1_000_000,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(help="A class number or prompt; may be given several times.", show_default="all classes"),
+    ] = None,
+    shared_noise: Annotated[bool, typer.Option(help="Start every sample from the same noise.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    shard: Annotated[str | None, typer.Option(help="Draw only a share, such as 1/4, to be merged.")] = None,
+    merge: Annotated[list[Path] | None, typer.Option(help="Folder of a shard; draws nothing, adds them up.")] = None,
+    parameters: Annotated[
+        bool, typer.Option("--parameters", help="List the calibration's parameters and stop.")
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Record uncached runs of a model, and make a method's recipe of them.
+
+    Ends with a folder that `dittocache.enable(pipe, FOLDER)` and `dittocache sample --method FOLDER` take. Statistics are
+    written after every batch: the same command goes on where it was interrupted.
+    """
+    from . import calibrate as calibration
+    from .calibrate import run
+    from .evaluate.console import new_table, progress_bar, show
+
+    with _usage_errors():
+        calibrator = calibration.make(method, _values(param))
+        if parameters:
+            table = new_table("parameter", "default", "valid", "what it is")
+            for p in type(calibrator).parameters().values():
+                table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, p.help)
+            show(table)
+            return
+        if shard is not None and merge:
+            raise ValueError("--shard draws a share, --merge adds shares up: give one of them")
+        run.check_folder(out)
+        conditions = tuple(int(c) if c.isdigit() else c for c in condition or ())
+        setup = calibration.Setup(steps, guidance, seed, conditions, shared_noise)
+        pipe = _load(device, model)
+        if merge:
+            made = run.merged(pipe, calibrator, merge, setup, out)
+        else:
+            numbers = run.shard(samples, shard) if shard else samples
+            with progress_bar("drawing") as progress:
+                statistics = run.record(pipe, calibrator, numbers, setup, out=out, batch=batch, progress=progress)
+            with progress_bar("fitting") as progress:
+                progress(0, 1, method)
+                made = run.fit(pipe, calibrator, statistics, setup)
+            made.save_pretrained(out)
+    if as_json:
+        _print_json({"out": str(out), "recipe": made.describe(), "provenance": dict(made.provenance)})
+        return
+    size = sum(file.stat().st_size for file in out.glob("recipe.*"))
+    memory = made.provenance.get("memory", {})
+    peaks = "; ".join(f"{name} {amount / 2**20:.1f} MiB" for name, amount in memory.items())
+    typer.echo(f"{made.describe()}: {made.provenance['samples']} samples" + (f"; {peaks}" if peaks else ""))
+    typer.echo(f"{out}: the recipe takes {size / 2**20:.2f} MiB. Use it with dittocache.enable(pipe, {str(out)!r})")
+
+
+# ---- train ----------------------------------------------------------------------------------------------------------
+train = typer.Typer(help="Learn what a method needs; the network itself stays as it is.", rich_markup_mode="markdown")
+app.add_typer(train, name="train", epilog=_examples("dittocache train l2c --out l2c-glyphs"))
+
+
+@train.command(
+    "l2c",
+    epilog=_examples(
+        "dittocache train l2c --out l2c-glyphs",
+        "dittocache train l2c --out l2c-half --penalty 4e-5; dittocache sample --method l2c-half --steps 20",
+        "dittocache train l2c --out paper --per-batch --weighted 0 --iterations 20000 --lr 1e-3 --penalty 5e-6",
+        "accelerate launch --num_processes 2 -m dittocache.cli train l2c --out l2c-glyphs",
+    ),
+)
+def train_l2c(
+    out: Annotated[Path, typer.Option(help="Folder of the recipe, the checkpoint and the samples.")],
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps of the runs to be made faster.")] = 20,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations at most.")] = 150,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of an iteration (and process).")] = 20,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate; the paper's is 1e-3.")] = 0.1,
+    penalty: Annotated[float, typer.Option(min=0, help="Price of a computed module: more removes more.")] = 1e-5,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="theta: lower scores are reused.")] = 0.1,
+    hard: Annotated[
+        bool, typer.Option("--hard/--soft", help="Compute or reuse in training (straight-through), or mix.")
+    ] = False,
+    per_sample: Annotated[
+        bool, typer.Option("--per-sample/--per-batch", help="Draw a step for every sample, or (the paper) for a batch.")
+    ] = True,
+    weighted: Annotated[
+        int, typer.Option(min=0, help="Pictures to measure how much each step matters; 0 (the paper): all alike.")
+    ] = 12,
+    data: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with x0 and labels.", show_default="the model's own samples")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples the model draws.")] = 180,
+    guidance: Annotated[float, typer.Option(help="Guidance of the runs to be made faster; 1 for none.")] = 1.5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Begin anew, or go on where the folder's training stopped.")
+    ] = False,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many iterations without a changed decision.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Iterations between checkpoints.")] = 25,
+    model: Annotated[str, typer.Option(help="A bundled model, or the folder of a saved pipeline.")] = MODEL,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train L2C's router: at every second step, which modules are reused (arXiv 2406.01733).
+
+    The defaults are for the bundled model, in minutes on two processor cores, and depart from the paper as the options
+    say. A training that was interrupted goes on where it was.
+    """
+    from .evaluate.console import progress_bar
+    from .train import train_l2c as run
+
+    with _usage_errors():
+        pipe = _load(device, model)
+        with progress_bar("training") as progress:
+            made = run(
+                pipe,
+                out,
+                num_steps=steps,
+                data=data,
+                samples=samples,
+                guidance_scale=guidance,
+                weighted=weighted,
+                fresh=fresh,
+                progress=progress,
+                iterations=iterations,
+                batch_size=batch,
+                learning_rate=lr,
+                penalty=penalty,
+                threshold=threshold,
+                hard=hard,
+                per_sample=per_sample,
+                seed=seed,
+                patience=patience,
+                checkpoint_every=checkpoint_every,
+            )
+    found = dict(made.provenance)
+    if as_json:
+        _print_json({"out": str(out), "recipe": made.describe(), "provenance": found})
+        return
+    typer.echo(
+        f"{found['iterations']} iterations in {found['seconds']:.0f} s: loss {found['loss']:.3g}, "
+        f"{found['removed']:.0%} of the modules of every second step are reused"
+    )
+    typer.echo(f"Use it with dittocache.enable(pipe, {str(out)!r}), at {steps} steps")
+
+
 # ---- methods, describe ----------------------------------------------------------------------------------------------
 @app.command(epilog=_examples("dittocache methods", "dittocache methods duca", "dittocache methods duca --json"))
 def methods(
@@ -451,15 +620,23 @@ def _device(name: str) -> str:
     return name
 
 
-def _load(device: str) -> Any:
-    """The bundled pipeline, quiet."""
+def _load(device: str, model: str = MODEL) -> Any:
+    """A bundled pipeline, or one that was saved in a folder, quiet.
+
+    Raises:
+        ValueError: there is no such model, or the folder holds no pipeline.
+    """
+    from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     from . import bundled
 
     logging.disable_progress_bar()
     try:
-        pipe = bundled.load(MODEL, device=_device(device))
+        if model in bundled.names() or not Path(model).is_dir():
+            pipe = bundled.load(model, device=_device(device))
+        else:
+            pipe = DiffusionPipeline.from_pretrained(model, local_files_only=True).to(_device(device))
     finally:
         logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
@@ -516,21 +693,27 @@ def _parse(method: str | None, texts: list[str] | None) -> dict[str, Any]:
     Raises:
         ValueError: not of that form, or the method does not take it.
     """
-    params: dict[str, Any] = {}
+    params = _values(texts)
+    if params and method is None:
+        raise ValueError("--param needs --method")
+    if method is not None and (params or not Path(method).is_dir()):
+        _method(method)(**params)
+    return params
+
+
+def _values(texts: list[str] | None) -> dict[str, Any]:
+    """`name=value` texts as Python literals, or else text; a ValueError for what is not of that form."""
+    values: dict[str, Any] = {}
     spelled = {"true": "True", "false": "False", "none": "None"}
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ValueError(f"a parameter is NAME=VALUE, not {text!r}")
         try:
-            params[name] = ast.literal_eval(spelled.get(value.lower(), value))
+            values[name] = ast.literal_eval(spelled.get(value.lower(), value))
         except (ValueError, SyntaxError):
-            params[name] = value
-    if params and method is None:
-        raise ValueError("--param needs --method")
-    if method is not None and (params or not Path(method).is_dir()):
-        _method(method)(**params)
-    return params
+            values[name] = value
+    return values
 
 
 def _method_dict(method: Method) -> dict[str, Any]:

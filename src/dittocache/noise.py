@@ -57,7 +57,7 @@ def levels(scheduler: Any) -> tuple[Tensor, Tensor]:
     trained = getattr(scheduler, "alphas_cumprod", None) if hasattr(scheduler, "add_noise") else None
     if getattr(scheduler, "sigmas", None) is not None and (flow or trained is not None):
         sigmas = _double(scheduler.sigmas)[:steps].clone()
-        # KDPM2 and DPM-Solver SDE: every second forward is between two sigmas; with ancestral steps that is the next one
+        # KDPM2 and DPM-Solver SDE: every second forward is between two sigmas (KDPM2 ancestral: there it is the next)
         between = hasattr(scheduler, "sigmas_interpol") and not hasattr(scheduler, "sigmas_down")
         if between or hasattr(scheduler, "mid_point_sigma"):
             sigmas[1::2] = (sigmas[: steps - 1 : 2] * sigmas[1::2]).sqrt()

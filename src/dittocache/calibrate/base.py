@@ -22,6 +22,7 @@ from ..when import Every, When
 from .setup import Setup, conditional_half, draw
 from .statistics import Statistics
 
+
 class Seen(NamedTuple):
     """Output and (if asked for) input of a module, conditional rows only: [samples, tokens, channels]."""
 

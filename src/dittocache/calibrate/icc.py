@@ -34,7 +34,9 @@ class CalibrateICC(Calibrator):
         Literal["svd", "activation-svd", "change-svd"],
         "weights of the channels: none, the size of activations, or of their change between steps",
     ] = "activation-svd"
-    rank: Annotated[int | dict[str, int], Ranks("rank of the factors: one for all, or by kind of layer (q, k, v, proj, fc1, fc2)")] = 128
+    rank: Annotated[
+        int | dict[str, int], Ranks("rank of the factors: one for all, or by kind of layer (q, k, v, proj, fc1, fc2)")
+    ] = 128
 
     @property
     def needs_samples(self) -> bool:
@@ -45,7 +47,9 @@ class CalibrateICC(Calibrator):
 
     def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:
         linears = self._check_ranks(pipe)
-        siblings = {e.site.name: f"{e.site.name.rpartition('.')[0]}." for e in linears if e.site.kind in ("q", "k", "v")}
+        siblings = {
+            e.site.name: f"{e.site.name.rpartition('.')[0]}." for e in linears if e.site.kind in ("q", "k", "v")
+        }
         open_: dict[str, dict[str, Tensor]] = {}
 
         def see(at: At, new: Seen, old: Seen | None) -> None:

@@ -1,10 +1,10 @@
-"""Checkpoints of a training: one safetensors file, its state as JSON in the header, replaced as a whole or not at all."""
+"""Checkpoints: one safetensors file, its state as JSON in the header, replaced as a whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,27 @@ def read(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{str(path)!r} is damaged or foreign: {show(str(error))}; begin anew with --fresh") from None
+
+
+def kept(
+    path: Path, form: str, config: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]], again: bool = False
+) -> Mapping[str, Tensor]:
+    """The tensors of a file, which is made if it is not there, or (with `again`) of no use.
+
+    Raises:
+        ValueError: the file is damaged, or was made with another configuration.
+    """
+    if path.exists():
+        try:
+            tensors, state = read(path, form)
+            same(path, state, config)
+            return tensors
+        except ValueError:
+            if not again:
+                raise
+    tensors = dict(make())
+    write(path, form, tensors, config)
+    return tensors
 
 
 def same(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""The training loop of a router: draws, the optimiser, checkpoints. Every random number is one of the seed and place."""
+"""The training loop of a router. Every random number is a function of the seed and the place it is drawn for."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,8 +35,8 @@ class Settings:
             are sums). It decides the share removed, and wants tuning for every model.
         threshold: theta, at which decisions are counted; the hard indicator's, if `hard`.
         hard: straight-through: modules are computed or reused in training already, with identity gradient.
-        mixed: one step for every sample, evenly spread, so that an iteration trains many rows. Not the paper's way,
-            which draws one step for a whole batch; needs fewer iterations by as many times.
+        per_sample: a step for every sample, evenly spread, so that an iteration trains many rows and fewer iterations
+            are needed by as many times. The paper draws one step for a whole batch.
         label_dropout: probability of the null label, the same in all forwards of a sample.
         seed: of start, draws and noise.
         patience: iterations without a change in any decision that end the training; None: never.
@@ -51,7 +52,7 @@ class Settings:
     penalty: float = 5e-6
     threshold: float = 0.1
     hard: bool = False
-    mixed: bool = False
+    per_sample: bool = False
     label_dropout: float = 0.1
     seed: int = 0
     patience: int | None = None
@@ -67,7 +68,7 @@ class Settings:
         check_number("threshold", self.threshold, 0, 1)
         check_number("label_dropout", self.label_dropout, 0, 1)
         check_bool("hard", self.hard)
-        check_bool("mixed", self.mixed)
+        check_bool("per_sample", self.per_sample)
 
     def fixed(self) -> dict[str, Any]:
         """What a training that goes on must share with the one that stopped."""
@@ -86,6 +87,7 @@ class Data(NamedTuple):
     x0: Tensor
     conditions: Tensor
     null: Any = None
+    weights: Tensor | None = None
 
 
 class Draw(NamedTuple):
@@ -106,7 +108,7 @@ def generator(*place: int) -> torch.Generator:
 def draw(settings: Settings, trained: Sequence[int], data: Data, iteration: int, rank: int) -> Draw:
     """The choices of a process in an iteration; they depend on nothing else."""
     random, batch = generator(settings.seed, 1, iteration, rank), settings.batch_size
-    if settings.mixed:  # every row as often as the others, up to one
+    if settings.per_sample:  # every row as often as the others, up to one
         order = torch.randperm(len(trained), generator=random)
         rows = torch.tensor(trained)[order.repeat(-(-batch // len(trained)))[:batch]]
     else:
@@ -166,7 +168,7 @@ class Training:
         return self.iteration >= self.settings.iterations or (patience is not None and self.unchanged >= patience)
 
     def step(self, objective: Objective, data: Data, workers: Workers) -> None:
-        """One iteration; with several processes their gradients are averaged, those of rows they did not draw being 0."""
+        """One iteration. Gradients of several processes are averaged, those of rows that one did not draw being 0."""
         began, settings, device = time.perf_counter(), self.settings, self.logits[0].device
         chosen = draw(settings, self.walk.trained, data, self.iteration, workers.rank)
         conditions = data.conditions[chosen.samples].clone()
@@ -181,6 +183,7 @@ class Training:
             conditions.to(device),
             settings.penalty,
             settings.threshold if settings.hard else None,
+            data.weights,
         )
         drawn = chosen.rows.unique().tolist()
         found = torch.zeros(len(self.logits), self.logits[0].numel() + 1, device=device)  # and whether it was drawn
@@ -188,6 +191,8 @@ class Training:
             found[row, :-1], found[row, -1] = gradient, 1
         found = workers.total(torch.cat([found.flatten(), terms.loss.detach()[None]])) / workers.count
         loss, found = float(found[-1]), found[:-1].view(len(self.logits), -1)
+        if not found.isfinite().all() or not math.isfinite(loss):
+            raise ValueError(f"the loss of iteration {self.iteration} is {loss:g}: its gradient is not finite")
         before = self.decisions()
         for parameter, row in zip(self.logits, found):
             parameter.grad = row[:-1].clone() if row[-1] > 0 else None

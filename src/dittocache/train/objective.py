@@ -32,7 +32,7 @@ class Walk(Protocol):
     trained: tuple[int, ...]  # the rows that are read, and trained
     sums: bool  # the squared error of a sample is summed over its entries, not averaged
     limit: float | None  # logits are kept within this distance from zero
-    mixed: bool  # the samples of a batch may have different rows
+    per_sample: bool  # the samples of a batch may have different rows
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values that tell this walk from others."""
@@ -71,7 +71,7 @@ class Terms(NamedTuple):
 
 
 class _Mix(Fill):
-    """Keeps what recording forwards compute, and mixes it in where there is a beta. No dataclass: nobody can save it."""
+    """Keeps what recording forwards compute, and mixes it in where there is a beta. No dataclass: not to be saved."""
 
     mixes: ClassVar[bool] = True
 
@@ -91,7 +91,9 @@ class _Mix(Fill):
         mixed = []
         for new, kept in zip(value, entry.values[0], strict=True):
             if beta.ndim and len(new) != len(beta):
-                raise ValueError(f"{at.site.name} has {len(new)} rows for {len(beta)} samples: train with mixed=False")
+                raise ValueError(
+                    f"{at.site.name} has {len(new)} rows for {len(beta)} samples: train with per_sample=False"
+                )
             b = beta.view(-1, *[1] * (new.ndim - 1)) if beta.ndim else beta
             mixed.append((b * new + (1 - b) * kept).to(new.dtype))
         return tuple(mixed)
@@ -147,7 +149,7 @@ class Objective:
         Args:
             walk: where the full step leads.
             logits: the router's rows, each [sites].
-            rows: the row of each sample [batch], int64, on the CPU; all the same unless `walk.mixed`.
+            rows: the row of each sample [batch], int64, on the CPU; all the same unless `walk.per_sample`.
             x0, noise: clean samples and normal noise [batch, ...].
             conditions: labels, or what `predict` takes [batch]; the same in all forwards. No guidance.
             penalty: lambda.

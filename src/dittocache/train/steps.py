@@ -17,8 +17,8 @@ from .objective import Record
 class Pairs:
     """Steps of a sampler of first order: row i of T is the i-th step from the end, for even i, after the full i + 1.
 
-    One deterministic DDIM step leads from the one to the other (Euler's, for a flow), whatever the sampler's own is. With
-    an odd T the first step has nothing to reuse, and its row is not trained.
+    One deterministic DDIM step leads from the one to the other (Euler's, for a flow), whatever the sampler's own is.
+    With an odd T the first step has nothing to reuse, and its row is not trained.
 
     Args:
         timesteps: of all steps, noisiest first, as the network receives them.
@@ -29,7 +29,9 @@ class Pairs:
         ValueError: fewer than two steps.
     """
 
-    sums, limit, mixed = False, 5.0, True
+    sums: bool = False
+    limit: float | None = 5.0
+    per_sample: bool = True
 
     def __init__(self, timesteps: Sequence[float] | Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> None:
         self.timesteps, self.alpha, self.sigma, self.kind = torch.as_tensor(timesteps), alpha, sigma, kind
@@ -84,7 +86,9 @@ class OuterSteps:
         ValueError: fewer than four evaluations: there is no second outer step.
     """
 
-    sums, limit, mixed = True, None, False
+    sums: bool = True
+    limit: float | None = None
+    per_sample: bool = False
 
     def __init__(self, nfe: int) -> None:
         check_int("nfe", nfe, 4)

@@ -1,0 +1,62 @@
+"""How much an error at a step matters for the final picture: measured, since the loss of a step does not know it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import enable
+from ..calibrate.setup import Setup, draw
+from ..recipe import recipe
+from .loop import Data, Settings, generator
+from .objective import Objective, Predict
+from .steps import Pairs
+
+CERTAIN = 5.0  # a logit that decides
+
+
+def measured(
+    pipe: Any,
+    predict: Predict,
+    walk: Pairs,
+    data: Data,
+    setup: Setup,
+    count: int,
+    settings: Settings,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Tensor:
+    """Weights of the squared errors of the router's rows, [rows] float64: mean 1 over those that are trained.
+
+    For each of them, the cache step is reused as a whole, once in whole runs of the sampler with guidance and once in
+    the objective; the weight is the squared error of the final pictures over that of the prediction.
+
+    Args:
+        setup: of the runs, of which `count` are drawn uncached, and again for every row.
+    """
+    network, total = pipe.transformer, len(walk.trained)
+    pictures = torch.from_numpy(draw(pipe, setup, range(count), "np"))
+    random = generator(settings.seed, 2)
+    found = torch.zeros(walk.rows, dtype=torch.float64)
+    for n, row in enumerate(walk.trained):
+        with Objective(network, predict) as objective:
+            which = torch.randint(len(data.x0), (count,), generator=random)
+            noise = torch.randn(count, *data.x0.shape[1:], generator=random).to(data.x0)
+            logits = torch.full((walk.rows, objective.columns), CERTAIN)
+            x0, conditions, device = data.x0[which], data.conditions[which], next(network.parameters()).device
+            x0, noise, conditions = x0.to(device), noise.to(device), conditions.to(device)
+            with torch.no_grad():  # at threshold 1 everything is reused
+                rows = torch.full((count,), row)
+                terms = objective(walk, list(logits), rows, x0, noise, conditions, penalty=0.0, threshold=1.0)
+        logits[row] = -CERTAIN
+        with warnings.catch_warnings(), enable(pipe, recipe("l2c", router_logits=logits, threshold=0.5)):
+            warnings.filterwarnings("ignore", message="dittocache:")
+            drawn = torch.from_numpy(draw(pipe, setup, range(count), "np"))
+        error = (drawn - pictures).double().square().mean()
+        found[row] = error / terms.data.double().mean().cpu().clamp(min=1e-30)
+        if progress is not None:
+            progress(n + 1, total, "weights of the steps")
+    return found / found[list(walk.trained)].mean().clamp(min=1e-30)
