@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import copy
+import dataclasses
 import json
 import math
+import os
+import pickle
 import sys
 import warnings
 
@@ -15,10 +20,14 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import dittocache
-from dittocache import Plan, Recipe, recipe
+from dittocache import Plan, Recipe, origin, recipe
+from dittocache.fill import GradientQueue, LowRankIncrement, Trend
+from dittocache.fix import NoiseScale
+from dittocache.tensors import Tensors
 from dittocache.when import Every, SoftInterval, Table
 from dittocache.which import ValueNorm
 
@@ -616,3 +625,364 @@ def test_a_damaged_array_file(shared, tmp_path):
     arrays[0].unlink()
     with nothing_changed(shared) as model, one_line("damaged"):
         dittocache.enable(model, tmp_path)
+
+
+# ---- calibrated and learned data ------------------------------------------------------------------------------------
+DIT = tiny.dit()
+L2C, EOC, ICC = (tiny.data_for(name, DIT, 4) for name in ("l2c", "eoc", "icc"))
+A, B = "transformer_blocks.0.attn1.to_q/A", "transformer_blocks.0.attn1.to_q/B"
+
+
+def holed(value):
+    return torch.tensor([[value, 1.0]])
+
+
+BAD_DATA = {
+    "nan trend": ("eoc", {"trend": {"a@1": holed(math.nan)}}, ["'a@1'", "1 of 2", "not finite"]),
+    "infinite factors": ("icc", {"factor_tensors": {"a/A": holed(math.inf), "a/B": holed(0)}}, ["'a/A'", "not finite"]),
+    "nan scores": ("l2c", {"router_logits": holed(-math.inf)}, ["'logits'", "not finite"]),
+    "foreign trend": ("eoc", {"trend": {"nowhere@1": holed(0.0)}}, ["'nowhere'", "DiTTransformer2DModel"]),
+    "foreign factors": (
+        "icc",
+        {"factor_tensors": {"x/A": torch.ones(2, 1), "x/B": torch.ones(1, 2)}},
+        ["'x'", "linear"],
+    ),
+    "a module's trend name without a step": ("eoc", {"trend": {"a": holed(0.0)}}, ["SITE@STEP", "'a'"]),
+    "a trend of half a step": ("eoc", {"trend": {"a@1.5": holed(0.0)}}, ["SITE@STEP", "'a@1.5'"]),
+    "a trend of step 01": ("eoc", {"trend": {"a@01": holed(0.0)}}, ["SITE@STEP", "'a@01'"]),
+    "a trend of nothing": ("eoc", {"trend": {"@1": holed(0.0)}}, ["SITE@STEP", "'@1'"]),
+    "a flat trend": ("eoc", {"trend": {"a@1": [1.0]}}, ["[tokens, channels]", "[1]"]),
+    "uneven trends": ("eoc", {"trend": {"a@1": holed(1.0), "a@2": [[1.0]]}}, ["'a@2'", "[1, 1]", "[1, 2]"]),
+    "a number for a trend": ("eoc", {"trend": 3}, ["mapping of names", "3"]),
+    "no trend": ("eoc", {}, ["eoc needs a trend"]),
+    "no scores": ("l2c", {}, ["l2c needs router_logits"]),
+    "no factors": ("icc", {}, ["icc needs factor_tensors", "reuse"]),
+    "text for an array": ("eoc", {"trend": {"a@1": "x"}}, ["'a@1'", "'x'"]),
+    "complex": ("eoc", {"trend": {"a@1": [[1j]]}}, ["'a@1'", "complex"]),
+    "no name": ("eoc", {"trend": {1: [[1.0]]}}, ["name", "1"]),
+    "half a pair": ("icc", {"factor_tensors": {"a/A": torch.ones(2, 1)}}, ["'a/A'", "pairs"]),
+    "a pair that does not fit": (
+        "icc",
+        {"factor_tensors": {"a/A": torch.ones(2, 1), "a/B": torch.ones(2, 2)}},
+        ["'a/A'", "pairs"],
+    ),
+    "a third": ("icc", {"factor_tensors": {"a/C": torch.ones(2, 1)}}, ["'a/C'", "pairs"]),
+    "another rank": ("icc", {**ICC, "rank": 5}, ["rank is 5", "2"]),
+    "rank 0": ("icc", {**ICC, "rank": 0}, ["rank", "1 or more", "0"]),
+    "factors of a fourth sort": ("icc", {**ICC, "factors": "pca"}, ["factors", "'pca'", "svd", "reuse"]),
+    "columns": ("l2c", {"router_logits": torch.zeros(4, 5)}, ["5 columns", "6 sites"]),
+    "a row": ("l2c", {"router_logits": torch.zeros(6)}, ["[rows, sites]", "[6]"]),
+    "two tables": ("l2c", {"router_logits": {"a": holed(0.0), "b": holed(0.0)}}, ["'logits'", "'a'"]),
+    "threshold": ("l2c", {**L2C, "threshold": 1.5}, ["threshold", "1.5"]),
+    "rows": ("l2c", {**L2C, "rows": "inner"}, ["rows", "'inner'", "index", "outer"]),
+    "theta": ("eoc", {**EOC, "theta": math.nan}, ["theta", "nan"]),
+    "theta inf": ("eoc", {**EOC, "theta": math.inf}, ["theta", "inf"]),
+    "eta": ("goc", {"eta": math.inf}, ["eta", "inf"]),
+    "eta text": ("goc", {"eta": "1.2"}, ["eta", "'1.2'"]),
+    "noise_scale 0": ("eb-cache", {"noise_scale": 0}, ["noise_scale", "above 0"]),
+    "noise_scale -1": ("eb-cache", {"noise_scale": -1}, ["noise_scale", "-1"]),
+    "noise_scale nan": ("eb-cache", {"noise_scale": math.nan}, ["noise_scale", "nan"]),
+    "a base without scores": ("goc", {"base": "l2c"}, ["base", "router_logits"]),
+    "scores without a base": ("goc", {"router_logits": torch.zeros(4, 6)}, ["base", "router_logits"]),
+    "state 4": ("eb-cache", {"table": (0, 1, 4)}, ["table", "0 to 3", "4"]),
+    "state -1": ("eb-cache", {"table": (0, -1)}, ["table", "-1"]),
+    "states of text": ("eb-cache", {"table": "012"}, ["table", "'012'"]),
+    "table_order": ("eb-cache", {"table_order": "reversed"}, ["table_order", "'reversed'", "sampling", "index"]),
+    **{
+        f"reuse_steps {value!r:.20}": ("goc", {"reuse_steps": value}, ["reuse_steps", "whole number"])
+        for value in ([0], [-1], [1.5], ["1"], "13", 3, {1, 3}, [True], {"1": 2}, [[1]], np.eye(2), b"1", [None])
+    },
+    "correct_steps": ("goc", {"correct_steps": [-1]}, ["correct_steps", "-1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_change_nothing(shared, case):
+    method, params, words = BAD_DATA[case]
+    with nothing_changed(shared) as model, one_line(*words):
+        dittocache.enable(model, method, **params)
+
+
+def test_parts_check_their_own_data():
+    for build, words in (
+        (lambda: Trend({"a@1": holed(1.0)}, theta=math.nan), ["theta", "nan"]),
+        (lambda: Trend({"a@1": holed(1.0)}, write_back=1), ["write_back", "1"]),
+        (lambda: GradientQueue(math.inf), ["eta", "inf"]),
+        (lambda: GradientQueue(positions=(-1,)), ["positions", "-1"]),
+        (lambda: GradientQueue(require_both="yes"), ["require_both", "'yes'"]),
+        (lambda: NoiseScale(0), ["noise_scale", "0"]),
+        (lambda: NoiseScale(threshold=1), ["threshold", "1"]),
+        (lambda: NoiseScale(high=1.2), ["high", "1.2"]),
+        (lambda: LowRankIncrement(3), ["mapping", "3"]),
+        (lambda: Tensors({"safetensors": "?"}), ["damaged tensors"]),
+        (lambda: Tensors({"safetensors": "AAAA"}), ["damaged tensors"]),
+    ):
+        with one_line(*words):
+            build()
+
+
+@pytest.mark.parametrize("case", ["reuse_steps", "table", "rows"])
+def test_lists_for_another_number_of_steps(pipe, case):
+    """They are found when the run begins, and it does not."""
+    method, params, words = {
+        "reuse_steps": ("goc", {"reuse_steps": [1, 6]}, ["reuse_steps in a run of 6 steps", "from 1 to 5", "6"]),
+        "table": ("eb-cache", {"table": (0, 2, 0)}, ["3 states", "6 steps"]),
+        "rows": ("l2c", {"router_logits": torch.zeros(4, 6)}, ["4 rows", "6"]),
+    }[case]
+    plain = tiny.draw(pipe, 6)
+    with dittocache.enable(pipe, method, **params), one_line(*words):
+        tiny.draw(pipe, 6)
+    assert torch.equal(tiny.draw(pipe, 6), plain) and not tiny.traces_of_cache(pipe.transformer)
+
+
+@pytest.mark.parametrize(("name", "cut"), [(A, (slice(1), slice(None))), (B, (slice(None), slice(5)))])
+def test_factors_for_layers_of_another_size(name, cut):
+    """Never broadcast: an error at the first forward."""
+    model = tiny.dit()
+    plain = tiny.sample(model, steps=2)
+    data = ICC["factor_tensors"] | {name: ICC["factor_tensors"][name][cut]}
+    with (
+        dittocache.enable(model, "icc", factor_tensors=data) as cache,
+        one_line("'transformer_blocks.0.attn1.to_q'", "16 x 16", "calibrate"),
+    ):
+        tiny.predictions(model, cache, 4)
+    assert torch.equal(tiny.sample(model, steps=2), plain) and not tiny.traces_of_cache(model)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def written(folder, content, name="router.pth"):
+    path = folder / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif name.endswith(".safetensors"):
+        save_file(content, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+ROWS = {f"{i}.prob": torch.full((6,), float(i) - 2) for i in range(4)}
+
+
+@pytest.mark.parametrize("name", ["torch", "prefixed", "half", "table", "rows"])
+def test_router_files(tmp_path, name):
+    """The authors' layout, with their command line in it, and ours."""
+    path = {
+        "torch": lambda: written(tmp_path, {"routers": ROWS, "opt": {}, "args": argparse.Namespace(lr=0.001)}),
+        "prefixed": lambda: written(tmp_path, {"routers": {f"module.{k}": v for k, v in ROWS.items()}}),
+        "half": lambda: written(tmp_path, {"routers": {k: v.half() for k, v in ROWS.items()}}),
+        "table": lambda: written(tmp_path, {"logits": torch.stack(list(ROWS.values()))}, "r.safetensors"),
+        "rows": lambda: written(tmp_path, ROWS, "r.safetensors"),
+    }[name]()
+    for source in (path, str(path)):
+        found = recipe("l2c", router_logits=source).when.logits["logits"]
+        assert torch.equal(found, torch.stack(list(ROWS.values()))) and found.dtype == torch.float32
+
+
+def without_row(i):
+    return {"routers": {k: v for k, v in ROWS.items() if k != f"{i}.prob"}}
+
+
+FILES = {
+    "truncated": (lambda folder: written(folder, (written(folder, {"routers": ROWS})).read_bytes()[:-40]), ["damaged"]),
+    "empty": (lambda folder: written(folder, b""), ["damaged"]),
+    "text": (lambda folder: written(folder, b"hello world\n"), ["damaged"]),
+    "not a torch file": (lambda folder: written(folder, ROWS, "r.safetensors").rename(folder / "r.pt"), ["damaged"]),
+    "not a safetensors file": (lambda folder: written(folder, b"\0" * 40, "r.safetensors"), ["damaged"]),
+    "foreign code in a zip": (lambda f: written(f, {"routers": ROWS, "x": Evil(f / "x")}), ["damaged", "plain"]),
+    "foreign code in a pickle": (lambda f: written(f, pickle.dumps(Evil(f / "x"))), ["damaged", "plain"]),
+    "a module": (lambda folder: written(folder, nn.Linear(2, 2)), ["damaged", "plain"]),
+    "a missing row": (lambda folder: written(folder, without_row(2)), ["row 2 is missing"]),
+    "a missing first row": (lambda folder: written(folder, without_row(0)), ["row 0 is missing"]),
+    "a row far away": (
+        lambda folder: written(folder, {"routers": ROWS | {"999999999999.prob": ROWS["0.prob"]}}),
+        ["row 4 is missing"],
+    ),
+    "uneven rows": (lambda folder: written(folder, {"routers": ROWS | {"4.prob": torch.ones(5)}}), ["(5,)", "(6,)"]),
+    "numbers for rows": (lambda folder: written(folder, {"routers": {"0.prob": 0.5}}), ["damaged router"]),
+    "no rows": (lambda folder: written(folder, {"routers": {}}), ["'logits'"]),
+    "rows of None": (lambda folder: written(folder, {"routers": None}), ["None"]),
+    "a bare tensor": (lambda folder: written(folder, torch.zeros(4, 6)), ["tables by name"]),
+    "a list": (lambda folder: written(folder, [torch.zeros(6)]), ["tables by name"]),
+    "a number": (lambda folder: written(folder, 3), ["tables by name", "3"]),
+    "numbered tensors": (lambda folder: written(folder, {0: torch.zeros(6)}), ["name", "0"]),
+    "other names": (lambda folder: written(folder, {"foo": torch.zeros(4, 6)}, "r.safetensors"), ["'logits'", "'foo'"]),
+    "nothing there": (lambda folder: folder / "nowhere.pth", ["no file", "nowhere.pth"]),
+    "a folder": (lambda folder: folder, ["no file"]),
+    "a name too long": (lambda folder: "x" * 5000, ["no file"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_files(shared, case, tmp_path):
+    make, words = FILES[case]
+    path = make(tmp_path)
+    with nothing_changed(shared) as model, one_line(*words) as _:
+        dittocache.enable(model, "l2c", router_logits=path)
+    for method, name in (("eoc", "trend"), ("icc", "factor_tensors")):
+        with one_line():
+            recipe(method, **{name: path})
+    assert not (tmp_path / "x").exists(), "code of a file was run"
+
+
+def test_a_bad_file_never_advises_to_load_it_unsafely(tmp_path):
+    path = written(tmp_path, {"routers": ROWS, "x": Evil(tmp_path / "x")})
+    with pytest.raises(ValueError) as e:
+        recipe("l2c", router_logits=path)
+    assert "weights_only" not in str(e.value) and "\x1b" not in str(e.value)
+
+
+# ---- made for another model or run ----------------------------------------------------------------------------------
+TIMESTEPS = [float(t) for t in range(950, -1, -50)]  # 20 steps of DDIM, spacing "leading"
+
+
+def calibrated(model, **changes):
+    return dataclasses.replace(recipe("fora"), made_for=origin.made_for(model, DDIMScheduler(), TIMESTEPS) | changes)
+
+
+def test_a_recipe_for_another_model_is_refused(shared):
+    for wrong, words in (
+        (calibrated(tiny.pixart()), ["PixArtTransformer2DModel", "DiTTransformer2DModel"]),
+        (calibrated(tiny.dit(1)), ["other weights", "0.9"]),
+        (calibrated(tiny.dit(0, num_layers=4)), ["other weights"]),
+        (calibrated(tiny.dit(), scheduler="DPMSolverMultistepScheduler"), ["DPMSolverMultistepScheduler", "DDIM"]),
+    ):
+        with nothing_changed(shared) as model, one_line(*words):
+            dittocache.enable(model, wrong, scheduler=DDIMScheduler())
+        lifted = dataclasses.replace(wrong, made_for={})
+        with dittocache.enable(tiny.dit(), lifted) as cache:
+            assert cache.enabled
+
+
+@pytest.mark.parametrize("copied", ["itself", "fine-tuned", "bfloat16", "float16", "fused", "adapter", "wrapped"])
+def test_a_recipe_for_the_same_model_is_taken(copied, tmp_path):
+    model, other = tiny.dit(), tiny.dit()
+    if copied == "fine-tuned":
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(0.1 * p.abs().mean() * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    elif copied in ("bfloat16", "float16"):
+        other.to(getattr(torch, copied))
+    else:
+        for block in other.transformer_blocks:
+            if copied == "fused":
+                block.attn1.fuse_projections()
+            elif copied == "adapter":
+                block.attn1.lora_A, block.attn1.lora_B = nn.Linear(16, 2), nn.Linear(2, 16)
+            elif copied == "wrapped":  # as peft does
+                inner = block.attn1.to_q
+                block.attn1.to_q = nn.Module()
+                block.attn1.to_q.base_layer = inner
+    calibrated(model).save_pretrained(tmp_path)
+    with dittocache.enable(other, tmp_path, scheduler=DDIMScheduler()) as cache:
+        assert cache.enabled
+
+
+def test_a_recipe_for_another_run_is_refused():
+    model = tiny.dit()
+    for scheduler, steps, words in (
+        (DDIMScheduler(), 10, ["20 steps", "10"]),
+        (DDIMScheduler(timestep_spacing="trailing"), 20, ["950.0", "49", "spacing"]),
+    ):
+        with dittocache.enable(model, calibrated(model), scheduler=scheduler) as cache, one_line(*words):
+            tiny.sample(model, scheduler, steps)
+        lifted = dataclasses.replace(calibrated(model), made_for={})
+        with dittocache.enable(model, lifted, scheduler=scheduler) as cache:
+            tiny.sample(model, scheduler, steps)
+            assert cache.trace.compute_fraction < 1
+    for scheduler in (DDIMScheduler(), DDIMScheduler(steps_offset=1)):  # an offset of 1 is no other spacing
+        with dittocache.enable(model, calibrated(model), scheduler=scheduler) as cache:
+            tiny.sample(model, scheduler, 20)
+            assert cache.trace.compute_fraction < 1
+    with dittocache.enable(model, calibrated(model)) as cache:
+        with one_line("20 steps", "19"):
+            cache.run(19)
+        cache.run(20)
+
+
+@pytest.mark.parametrize(
+    "made_for",
+    [
+        {"timesteps": "abc"}, {"timesteps": 5}, {"timesteps": ["a"]}, {"timesteps": [NAN]}, {"timesteps": []},
+        {"weights": [1.0]}, {"weights": {"a[0]": "x"}}, {"model": 3}, {"scheduler": ["x"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_made_for(made_for, tmp_path):
+    name = next(iter(made_for))
+    with one_line("made_for", name):
+        dataclasses.replace(recipe("fora"), made_for=made_for)
+    with one_line("made_for", name):
+        Recipe.from_pretrained(write(tmp_path, replaced(made_for=made_for)))
+
+
+# ---- recipes with tensors -------------------------------------------------------------------------------------------
+WITH_TENSORS = {
+    "l2c": recipe("l2c", **L2C),
+    "eoc": recipe("eoc", **EOC, reuse_steps=range(1, 4)),
+    "icc": recipe("icc", **ICC),
+    "half": Recipe(when=Every(2), fill=Trend({"a@1": torch.ones(2, 3).half(), "b:c@2": torch.ones(1, 2).bfloat16()})),
+    "empty": Recipe(when=Every(2), fill=Trend({})),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TENSORS)
+def test_recipes_with_tensors_survive(name, tmp_path):
+    r = dataclasses.replace(WITH_TENSORS[name], made_for=origin.made_for(DIT, DDIMScheduler(), [3, 2.5]))
+    text = json.dumps(r.to_dict(), allow_nan=False)
+    r.save_pretrained(tmp_path)
+    for again in (Recipe.from_dict(json.loads(text)), Recipe.from_pretrained(tmp_path), copy.deepcopy(r)):
+        assert again == r and again.made_for == r.made_for
+        part, other = (again.fill, r.fill) if name != "l2c" else (again.when, r.when)
+        assert hash(part) == hash(other)
+        tensors, others = (next(v for v in vars(p).values() if isinstance(v, Tensors)) for p in (part, other))
+        assert [t.dtype for t in tensors.values()] == [t.dtype for t in others.values()]
+    assert dataclasses.replace(r, made_for={}) != r
+    r.to_dict()["made_for"]["weights"].clear()
+    assert r.made_for["weights"]
+
+
+@pytest.mark.parametrize("content", ["missing", "cut", "empty", "zeros", "renamed", "fewer", "nan"])
+def test_damaged_tensors_of_a_recipe(shared, content, tmp_path):
+    WITH_TENSORS["eoc"].save_pretrained(tmp_path)
+    path = tmp_path / "recipe.safetensors"
+    data = path.read_bytes()
+    tensors = {f"fill.trend:{k}": v for k, v in EOC["trend"].items()}
+    first = next(iter(tensors))
+    if content == "missing":
+        path.unlink()
+    elif content in ("cut", "empty", "zeros"):
+        path.write_bytes({"cut": data[:-5], "empty": b"", "zeros": bytes(50)}[content])
+    elif content == "renamed":
+        save_file({f"x{k}": v for k, v in tensors.items()}, path)
+    elif content == "fewer":
+        save_file({k: v for k, v in tensors.items() if k != first}, path)
+    else:
+        save_file(tensors | {first: torch.full((16, 16), math.nan)}, path)
+    words = ["not finite", first.partition(":")[2]] if content == "nan" else ["damaged"]
+    with nothing_changed(shared) as model, one_line(*words):
+        dittocache.enable(model, tmp_path)
+
+
+def test_tensors_do_not_change_after_they_are_made():
+    array, tensor, rows = np.ones((1, 2)), torch.ones(1, 2), [[1.0, 1.0]]
+    found = Tensors({"a": array, "b": tensor, "c": rows})
+    kept, number = copy.deepcopy(found), hash(found)
+    array[:], rows[0][0] = 5, 5
+    tensor.fill_(5)
+    assert found == kept and hash(found) == number
+    assert all((t == 1).all() for t in found.values())
+    assert found != Tensors({"a": array, "b": tensor, "c": rows})
+    assert found != Tensors({**found, "a": found["a"].float()}) and found != Tensors({"a": found["a"]})
+    assert found == Tensors(dict(reversed(list(found.items())))) and found != 3
+    source = torch.ones(2, 1, requires_grad=True)
+    assert not Tensors({"x": source})["x"].requires_grad
+    eight_bits = Tensors({"x": torch.ones(2).to(torch.float8_e4m3fn)})
+    assert Tensors(json.loads(json.dumps(eight_bits.to_dict()))) == eight_bits

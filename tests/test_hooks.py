@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import dittocache
 from dittocache import Plan, Recipe, hooks
-from dittocache.fill import Entry, Fill, Hold
+from dittocache.fill import Entry, Fill, GradientQueue, Hold, Trend
 from dittocache.fix import Fix
 from dittocache.plan import COMPUTE, OPEN, PARTIAL, REUSE
-from dittocache.when import Every, Table, When
+from dittocache.when import Counter, DualInterval, Every, Table, When
 from dittocache.which import RandomTokens, Straight, Which
 
 pytestmark = pytest.mark.filterwarnings("ignore:dittocache.*skipped nothing")
@@ -86,6 +86,57 @@ def run(model, cache, steps=6, frozen=False, batch_slice=slice(None)):
             x, gate = drift(0 if frozen else k)
             out.append(model(x[batch_slice].clone(), gate).clone())
     return out
+
+
+OF_FILLS = {
+    "gradient": Recipe(when=Counter(4, 3), fill=GradientQueue(1.2)),
+    "gradient-computed-only": Recipe(when=Counter(4, 3), fill=GradientQueue(1.2, computed_only=True)),
+    "gradient-duca": Recipe(
+        when=DualInterval(4, sensitive_window=None),
+        which=RandomTokens(spatial_bonus=None, **SHARE),
+        fill=GradientQueue(1.2),
+    ),
+    "gradient-duca-computed-only": Recipe(
+        when=DualInterval(4, sensitive_window=None),
+        which=RandomTokens(spatial_bonus=None, **SHARE),
+        fill=GradientQueue(1.2, computed_only=True),
+    ),
+    "linears": Recipe(where="linear", when=Every(4)),
+}
+
+
+@pytest.mark.parametrize("style", ["plain", "in-place", "returns-sum", "twice", "headless"])
+@pytest.mark.parametrize("fill", OF_FILLS)
+def test_fills_in_models_of_ones_own_on_frozen_inputs(style, fill):
+    """A queue never holds what the model has changed in place since."""
+    model = Mini(style)
+    with torch.no_grad():
+        expected = model(*drift(0))
+    with dittocache.enable(model, OF_FILLS[fill]) as cache:
+        for k, output in enumerate(run(model, cache, 11, frozen=True)):
+            assert tiny.relative(output, expected) < 1e-5, f"step {k}"
+        assert cache.trace.compute_fraction < 0.95
+
+
+@pytest.mark.parametrize("method", ["gradient", "trend"])
+def test_a_stack_is_filled_once_a_step(method):
+    """Every block of a skipped stack asks; the correction is applied once."""
+    model, steps = tiny.dit(), 4
+    table = np.ones((steps, 1))
+    table[2:] = 0
+    trend = {f"transformer_blocks@{k}": 0.1 * torch.randn(16, 16) for k in range(steps)}
+    fill = GradientQueue(0.5) if method == "gradient" else Trend(trend, 1.0)
+    last: list[Tensor] = []
+    handle = model.norm_out.register_forward_pre_hook(lambda m, a: last.append(a[0].clone()))
+    with dittocache.enable(model, Recipe(when=Table(Plan(table, ("transformer_blocks",))), fill=fill)) as cache:
+        tiny.predictions(model, cache, steps)
+    handle.remove()
+    for k in (2, 3):
+        if method == "gradient":
+            want = last[k - 1] + 0.5 * (last[k - 1] - last[k - 2])
+        else:
+            want = last[k - 1] * (1 + trend[f"transformer_blocks@{k}"])
+        torch.testing.assert_close(last[k], want)
 
 
 @pytest.mark.parametrize("style", ["plain", "in-place", "returns-sum", "twice", "headless"])
@@ -357,13 +408,14 @@ class FirstThenPartial(When):
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference", "grad", "mixed"])
-@pytest.mark.parametrize("method", ["fora", "toca", "duca"])
+@pytest.mark.parametrize("method", ["fora", "toca", "duca", "eoc", "goc", "icc"])
 def test_grad_modes(method, mode):
     """Under every mode, and changing between them, the numbers are the same."""
     model = tiny.dit()
     modes = {"no_grad": [torch.no_grad], "inference": [torch.inference_mode], "grad": [torch.enable_grad]}
     order = modes.get(mode, [torch.inference_mode, torch.no_grad])
-    params = {} if method == "fora" else {"selector": "attention", **SHARE}
+    params = {"selector": "attention", **SHARE} if method in ("toca", "duca") else {}
+    params |= tiny.data_for(method, model, 12, scale=1.0)
     with dittocache.enable(model, method, **params) as cache:
         expected = tiny.predictions(model, cache, 12)
         with cache.run(12):
@@ -374,10 +426,12 @@ def test_grad_modes(method, mode):
                     assert torch.allclose(output, expected[k], atol=1e-6), f"step {k}"
 
 
-def test_gradients_flow_and_no_graph_is_kept():
+@pytest.mark.parametrize("method", ["toca", "eoc", "goc", "icc"])
+def test_gradients_flow_and_no_graph_is_kept(method):
     """With gradients on, the features that are kept hold no graph of an earlier step."""
     model = tiny.dit()
-    with dittocache.enable(model, "toca", selector="random", **SHARE) as cache, cache.run(10) as run:
+    params = {"selector": "random", **SHARE} if method == "toca" else tiny.data_for(method, model, 10, scale=1.0)
+    with dittocache.enable(model, method, **params) as cache, cache.run(10) as run:
         for k in range(10):
             cache.step(k)
             given = tiny.step(model, k, 10)
@@ -385,7 +439,25 @@ def test_gradients_flow_and_no_graph_is_kept():
             tiny.call(model, given).sum().backward()
             assert given["hidden_states"].grad.abs().sum() > 0
             for entry in run.entries.values():
-                assert not any(t.requires_grad for value in entry.values for t in value)
+                assert not any(t.requires_grad for t in entry.tensors)
+
+
+def test_factors_placed_in_inference_mode_serve_with_gradients_on():
+    """The converted copy of a recipe's tensors is kept; made in inference mode, autograd would refuse it."""
+    model = tiny.dit().double()
+    given = {k: tiny.step(model, k) for k in range(3)}
+    with dittocache.enable(model, "icc", **tiny.data_for("icc", model)) as cache:
+        for mode in (torch.inference_mode, torch.enable_grad):
+            with cache.run(3):
+                for k in range(3):
+                    x = given[k]["hidden_states"].detach().double()
+                    cache.step(k)
+                    with mode():
+                        x = x.requires_grad_(mode is torch.enable_grad)
+                        out = tiny.call(model, given[k] | {"hidden_states": x})
+                        if k == 1 and mode is torch.enable_grad:
+                            out.sum().backward()
+                            assert x.grad.abs().sum() > 0
 
 
 def test_fused_projections():

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "noise": {"parts"},
     "describe": {"plan"},
     "models": {"describe"},
-    "recipe": {"parts", "plan", "tensors", *ANSWERS},
+    "recipe": {"parts", "plan", "tensors", "origin", *ANSWERS},
     "run": {"plan", "fill"},
     "forward": {"run", "describe", "plan", "fill", "which"},
     "hooks": {"run", "clock", "describe", "plan", "fill", "forward", "which"},

@@ -20,6 +20,8 @@ METHODS = {
     "toca": {"selector": "random", "ratio": 0.3, "ratio_schedule": "constant"},
     "duca": {"selector": "value-norm", "interval": 4, "ratio": 0.3, "ratio_schedule": "constant"},
 }
+# fills that change what a run keeps, over data that all of them share
+FILLS = ["eoc", "goc", "icc"]
 THREADS = 4
 STEPS = 8
 
@@ -60,10 +62,14 @@ def test_threads_over_one_transformer_with_a_scheduler_each(method, name):
     assert not tiny.traces_of_cache(model)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def params_of(method, model):
+    return METHODS.get(method) or tiny.data_for(method, model, STEPS + THREADS, scale=1.0)
+
+
+@pytest.mark.parametrize("method", [*METHODS, *FILLS])
 def test_threads_over_one_cache_with_explicit_runs(method):
     model = tiny.dit()
-    with dittocache.enable(model, method, **METHODS[method]) as cache:
+    with dittocache.enable(model, method, **params_of(method, model)) as cache:
 
         def job(n):
             return [tiny.sample_explicit(model, cache, STEPS + n, seed=10 * n + r) for r in range(3)]
@@ -148,6 +154,25 @@ def test_two_pipelines_over_one_transformer_with_different_recipes():
     for cache in caches:
         cache.disable()
     assert not tiny.traces_of_cache(first.transformer)
+
+
+@pytest.mark.parametrize("first", ["icc", "toca"])
+def test_a_cache_of_single_layers_beside_one_that_scores_tokens(first):
+    """The hooks on the linear layers run inside of the attention whose projections are listened to."""
+    model, schedulers = tiny.dit(), {"icc": DDIMScheduler(), "toca": DDIMScheduler()}
+    params = {"icc": tiny.data_for("icc", model), "toca": {"ratio": 0.3, "ratio_schedule": "constant"}}
+    alone = {}
+    for method in params:
+        with dittocache.enable(model, method, scheduler=schedulers[method], **params[method]) as cache:
+            alone[method] = tiny.sample(model, schedulers[method], STEPS), cache.report().compute_fraction
+    order = [first, *(set(params) - {first})]
+    caches = {m: dittocache.enable(model, m, scheduler=schedulers[m], **params[m]) for m in order}
+    for method in (*order, *order):
+        assert torch.equal(tiny.sample(model, schedulers[method], STEPS), alone[method][0])
+        assert caches[method].report().compute_fraction == pytest.approx(alone[method][1])
+    for cache in caches.values():
+        cache.disable()
+    assert not tiny.traces_of_cache(model)
 
 
 @pytest.mark.parametrize("off", [0, 1])
@@ -248,10 +273,10 @@ def forwards(model, run, k, steps, seed):
         return tiny.call(model, tiny.step(model, k, steps, seed=seed))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *FILLS])
 def test_runs_swapped_in_and_out_equal_uninterleaved_ones(method):
     model = tiny.dit()
-    with dittocache.enable(model, method, **METHODS[method]) as cache:
+    with dittocache.enable(model, method, **params_of(method, model)) as cache:
         lengths = [6, 8, 7]
         alone = [tiny.predictions(model, cache, steps, seed=n) for n, steps in enumerate(lengths)]
         traces = []

@@ -12,6 +12,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 import dittocache
+from dittocache.fill import Fill, GradientQueue, Hold, LowRankIncrement, Trend
 from dittocache.plan import COMPUTE, OPEN
 from dittocache.when import When
 
@@ -67,9 +68,13 @@ def drift() -> Tensor:
 
 
 @torch.no_grad()
-def outputs(model: DiTTransformer2DModel, x: Tensor, labels: Tensor, when: When) -> tuple[Tensor, dittocache.Plan]:
+def outputs(
+    model: DiTTransformer2DModel, x: Tensor, labels: Tensor, when: When, fill: Fill | None = None
+) -> tuple[Tensor, dittocache.Plan]:
     found = []
-    with dittocache.enable(model, dittocache.Recipe(when=when)) as cache, cache.run(STEPS):
+    where = "linear" if isinstance(fill, LowRankIncrement) else "module"
+    recipe = dittocache.Recipe(when=when, where=where, fill=fill or Hold())
+    with dittocache.enable(model, recipe) as cache, cache.run(STEPS):
         for k in range(STEPS):
             cache.step(k)
             time = torch.full((len(labels),), 900 - 100 * k)
@@ -91,3 +96,37 @@ def test_a_decision_for_the_whole_batch_does_depend_on_it(model: DiTTransformer2
     together, _ = outputs(model, x, labels, InputChange(per_sample=False))
     alone, _ = outputs(model, x[:, :1], labels[:1], InputChange(per_sample=False))
     assert (together[:, :1] - alone).abs().max() > 1e-4
+
+
+def fills(model: DiTTransformer2DModel) -> dict[str, Fill]:
+    generator = torch.Generator().manual_seed(3)
+    found = dittocache.describe(model)
+    trend = {
+        f"{e.site.name}@{k}": torch.randn(16, 16, generator=generator) for e in found.entries for k in range(1, STEPS)
+    }
+    factors = {
+        f"{e.site.name}/{letter}": 0.1 * torch.randn(*shape, generator=generator)
+        for e in found.linears
+        for letter, shape in (("A", (e.module.out_features, 2)), ("B", (2, e.module.in_features)))
+    }
+    return {
+        "trend": Trend(trend, 0.5),
+        "trend-held-back": Trend(trend, 0.5, write_back=False),
+        "gradient": GradientQueue(0.8),
+        "gradient-computed-only": GradientQueue(0.8, computed_only=True),
+        "increment": LowRankIncrement(factors),
+    }
+
+
+@pytest.mark.parametrize("name", ["trend", "trend-held-back", "gradient", "gradient-computed-only", "increment"])
+def test_alone_equals_in_batch_with_every_fill(model: DiTTransformer2DModel, name: str) -> None:
+    """What a filled sample goes on from is what it had, whether or not its neighbours were computed."""
+    fill = fills(model)[name]
+    x, labels = drift(), torch.tensor([0, 1, 2])
+    together, trace = outputs(model, x, labels, InputChange(), fill)
+    assert ((trace.table > 0) & (trace.table < 1)).any(), "some rows must be computed beside filled ones"
+    held, _ = outputs(model, x, labels, InputChange(), LowRankIncrement({}) if name == "increment" else None)
+    assert (together - held).abs().max() > 1e-4, "the fill must matter"
+    for n in range(3):
+        alone, _ = outputs(model, x[:, n : n + 1], labels[n : n + 1], InputChange(), fill)
+        torch.testing.assert_close(together[:, n : n + 1], alone, rtol=1e-4, atol=1e-5)

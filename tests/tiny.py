@@ -1,4 +1,4 @@
-"""Tiny random transformers of three families, and honest sampling loops around them.
+"""Tiny random transformers of four families, and honest sampling loops around them.
 
 Everything is small enough for milliseconds a forward; weights are random, those that are trained from zero included, so
 that every gate is open and a wrongly reused feature shows.
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dittocache.bundled.pipeline import GlyphsPipeline
+from dittocache.models.uvit import UViT
 
 TEXT = 7  # text tokens of PixArt and FLUX; prime, so that nothing fits by accident
 DTYPE = torch.float32
@@ -92,11 +93,17 @@ def flux(seed: int = 0, **config: Any) -> nn.Module:
     )
 
 
-BUILDERS: dict[str, Callable[..., nn.Module]] = {"dit": dit, "pixart": pixart, "flux": flux}
+def uvit(seed: int = 0, **config: Any) -> nn.Module:
+    """3 blocks, the last with a long skip, 16 patches, time and label of 32 channels."""
+    config = {"img_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 11} | config
+    return randomize(UViT(**config), seed)
+
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {"dit": dit, "pixart": pixart, "flux": flux, "uvit": uvit}
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """One of the three by name, or the transformer of the bundled pipeline."""
+    """One of the four by name, or the transformer of the bundled pipeline."""
     if name == "glyphs":
         from dittocache import bundled
 
@@ -130,6 +137,8 @@ def latents(model: nn.Module, batch: int = 2, seed: int = 0, size: int | None = 
     generator = torch.Generator().manual_seed(1000 + seed)
     if _is_flux(model):
         return torch.randn(batch, (size or 4) ** 2, model.config.in_channels, generator=generator)
+    if isinstance(model, UViT):
+        return torch.randn(batch, model.in_chans, model.img_size, model.img_size, generator=generator)
     side = size or model.config.sample_size
     return torch.randn(batch, model.config.in_channels, side, side, generator=generator)
 
@@ -142,6 +151,9 @@ def condition(model: nn.Module, batch: int = 2, seed: int = 0) -> dict[str, Tens
         if seed == -1:
             return {"class_labels": torch.full((batch,), classes)}
         return {"class_labels": torch.randint(classes, (batch,), generator=generator)}
+    if isinstance(model, UViT):
+        null = model.num_classes - 1
+        return {"y": torch.full((batch,), null) if seed == -1 else torch.randint(null, (batch,), generator=generator)}
     text = torch.randn(batch, TEXT, 12, generator=generator)
     if _is_flux(model):
         return {"encoder_hidden_states": text, "pooled_projections": torch.randn(batch, 10, generator=generator)}
@@ -151,6 +163,8 @@ def condition(model: nn.Module, batch: int = 2, seed: int = 0) -> dict[str, Tens
 def inputs(model: nn.Module, x: Tensor, t: Any, given: dict[str, Tensor]) -> dict[str, Any]:
     """Keyword arguments of one forward at latents `x` and timestep `t` of 0 .. 1000."""
     t = torch.as_tensor(t, dtype=torch.float32).expand(len(x))
+    if isinstance(model, UViT):
+        return {"x": x, "timesteps": t, **given}
     if _is_flux(model):
         side = round(x.shape[1] ** 0.5)
         ids = torch.zeros(x.shape[1], 3)
@@ -164,7 +178,7 @@ def inputs(model: nn.Module, x: Tensor, t: Any, given: dict[str, Tensor]) -> dic
 
 def call(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     """The prediction of one forward."""
-    return model(**kwargs, return_dict=False)[0]
+    return model(**kwargs) if isinstance(model, UViT) else model(**kwargs, return_dict=False)[0]
 
 
 def step(
@@ -252,7 +266,8 @@ class LoopPipeline(DiffusionPipeline):
 # ---- what calibrated and learned methods need -----------------------------------------------------------------------
 def data_for(method: str, model: nn.Module | None = None, steps: int = 8, scale: float = 0.0) -> dict[str, Any]:
     """Parameters with made-up tensors for methods that need some: L2C's scores (half of them reused), EOC's trends
-    (times `scale`; on inputs that never change the true ones are 0), ICC's factors of rank 2. Others need none."""
+    (times `scale`; on inputs that never change the true ones are 0), ICC's factors of rank 2, of
+    the weights themselves. Others need none."""
     from dittocache import describe
 
     found = describe(model or dit())
@@ -261,9 +276,7 @@ def data_for(method: str, model: nn.Module | None = None, steps: int = 8, scale:
         scores = torch.randn(steps, len(found.entries), generator=generator)
         return {"router_logits": scores, "threshold": 0.5}
     if method == "eoc":
-        tokens = {"context-feed-forward": TEXT, "fused": 16 + TEXT}
-        width = next(p for name, p in (model or dit()).named_parameters() if "to_q.weight" in name).shape[1]
-        shapes = {e.site.name: (tokens.get(e.site.kind, 16), width) for e in found.entries}
+        shapes = {name: value.shape[1:] for name, value in site_outputs(model or dit()).items()}
         return {
             "trend": {
                 f"{name}@{k}": scale * torch.randn(shape, generator=generator)
@@ -274,16 +287,34 @@ def data_for(method: str, model: nn.Module | None = None, steps: int = 8, scale:
     if method == "icc":
         factors = {}
         for e in found.linears:
-            weight = e.module.weight  # type: ignore[union-attr]
-            factors[f"{e.site.name}/A"] = torch.randn(weight.shape[0], 2, generator=generator)
-            factors[f"{e.site.name}/B"] = torch.randn(2, weight.shape[1], generator=generator)
+            u, values, vt = torch.linalg.svd(e.module.weight.detach())  # type: ignore[operator, union-attr]
+            factors[f"{e.site.name}/A"], factors[f"{e.site.name}/B"] = u[:, :2] * values[:2], vt[:2]
         return {"factor_tensors": factors}
     return {}
 
 
+def site_outputs(model: nn.Module) -> dict[str, Tensor]:
+    """What every site's module returns (the first, if several) in one plain forward; before any cache is on."""
+    from dittocache import describe
+
+    found: dict[str, Tensor] = {}
+    handles = []
+    for e in describe(model).entries:
+
+        def see(module: nn.Module, args: Any, output: Any, name: str = e.site.name) -> None:
+            found[name] = output if isinstance(output, Tensor) else output[0]
+
+        handles.append(e.module.register_forward_hook(see))
+    with torch.no_grad():
+        call(model, step(model, 0))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
 # ---- independent measurements ---------------------------------------------------------------------------------------
 # the layers that every site runs exactly once per computation
-_LEAF = {"attn": "to_q", "attn1": "to_q", "attn2": "to_q", "ff": "net.0.proj", "ff_context": "net.0.proj"}
+_LEAF = {"attn": "to_q", "attn1": "to_q", "attn2": "to_q", "ff": "net.0.proj", "ff_context": "net.0.proj", "mlp": "fc1"}
 
 
 class Counter(TorchFunctionMode):
@@ -292,21 +323,24 @@ class Counter(TorchFunctionMode):
     Of FLUX's single-stream blocks, `attn`, `proj_mlp` and `proj_out` count apart.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, linears: bool = False) -> None:
         super().__init__()
         self.calls: dict[str, list[int]] = {}
         self.weights: dict[int, str] = {}
         for name, module in model.named_modules():
             last = name.rpartition(".")[2]
             layer = module if last in ("proj_mlp", "proj_out") and "single" in name else None
-            layer = module.get_submodule(_LEAF[last]) if last in _LEAF else layer
+            if last in _LEAF:
+                layer = module.get_submodule("qkv" if hasattr(module, "qkv") else _LEAF[last])
+            if linears:  # every single linear layer, under its own name
+                layer = module if isinstance(module, nn.Linear) else None
             if layer is not None:
                 self.calls[name] = []
                 self.weights[id(layer.weight)] = name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear and id(args[1]) in self.weights:
-            self.calls[self.weights[id(args[1])]].append(args[0].shape[1])
+            self.calls[self.weights[id(args[1])]].append(args[0].shape[1] if args[0].ndim > 2 else 1)
         return func(*args, **(kwargs or {}))
 
     def tokens(self) -> dict[str, int]:

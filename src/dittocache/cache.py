@@ -157,7 +157,8 @@ class Cache:
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         """Applies the recipe's fix to the noise in a prediction; predicted variances pass unchanged."""
-        if self._current() is None or self.recipe.fix is None:
+        run = self._current()
+        if run is None or self.recipe.fix is None:
             return prediction
         kind = noise.prediction_type(scheduler)
         rest = prediction.shape[1] != sample.shape[1]
@@ -165,9 +166,13 @@ class Cache:
         if kind == "epsilon":
             fixed = self.fix(predicted)
         else:
-            k = int((scheduler.timesteps == torch.as_tensor(timestep).to(scheduler.timesteps)).nonzero()[0])
+            k = int((scheduler.timesteps - torch.as_tensor(timestep).to(scheduler.timesteps)).abs().argmin())
             alpha, sigma = (level[k] for level in noise.levels(scheduler))
-            x = scheduler.scale_model_input(sample, timestep)
+            if alpha == 0:  # nothing but noise: no prediction can tell it better
+                run.fixed = True
+                return prediction
+            scales = hasattr(scheduler, "scale_model_input")  # flow matching has none
+            x = scheduler.scale_model_input(sample, timestep) if scales else sample
             fixed = self.fix(noise.to_noise(predicted, x, alpha, sigma, kind))
             fixed = noise.from_noise(fixed, x, alpha, sigma, kind)
         return fixed if variance is None else torch.cat([fixed, variance], dim=1)

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from .evaluate.compare import Progress
-    from .recipe import Method
+    from .recipe import Method, Parameter
 
 # typer ships its own copy of click, or uses click, depending on its version
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -311,7 +311,10 @@ class _Steps:
 )
 def calibrate(
     method: Annotated[str, typer.Argument(help="eoc, goc, icc or eb-cache.")],
-    out: Annotated[Path, typer.Option(help="Folder of the statistics and the recipe; what is there goes on.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the statistics and the recipe; what is there goes on.", show_default=False),
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the calibration; --parameters lists."),
@@ -337,8 +340,8 @@ def calibrate(
 ) -> None:
     """Record uncached runs of a model, and make a method's recipe of them.
 
-    Ends with a folder that `dittocache.enable(pipe, FOLDER)` and `dittocache sample --method FOLDER` take. Statistics are
-    written after every batch: the same command goes on where it was interrupted.
+    Ends with a folder that `dittocache.enable(pipe, FOLDER)` and `dittocache sample --method FOLDER` take. Statistics
+    are written after every batch: the same command goes on where it was interrupted.
     """
     from . import calibrate as calibration
     from .calibrate import run
@@ -347,15 +350,21 @@ def calibrate(
     with _usage_errors():
         calibrator = calibration.make(method, _values(param))
         if parameters:
+            known = type(calibrator).parameters()
+            if as_json:
+                _print_json(_parameters_dict(known))
+                return
             table = new_table("parameter", "default", "valid", "what it is")
-            for p in type(calibrator).parameters().values():
+            for p in known.values():
                 table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, p.help)
             show(table)
             return
+        if out is None:
+            raise ValueError("--out is missing: the folder of the statistics and the recipe")
         if shard is not None and merge:
             raise ValueError("--shard draws a share, --merge adds shares up: give one of them")
-        run.check_folder(out)
-        conditions = tuple(int(c) if c.isdigit() else c for c in condition or ())
+        run.check_folder(out, method)
+        conditions = tuple(int(c) if c.isdecimal() else c for c in condition or ())
         setup = calibration.Setup(steps, guidance, seed, conditions, shared_noise)
         pipe = _load(device, model)
         if merge:
@@ -367,7 +376,7 @@ def calibrate(
             with progress_bar("fitting") as progress:
                 progress(0, 1, method)
                 made = run.fit(pipe, calibrator, statistics, setup)
-            made.save_pretrained(out)
+            run.save(made, out)
     if as_json:
         _print_json({"out": str(out), "recipe": made.describe(), "provenance": dict(made.provenance)})
         return
@@ -387,7 +396,7 @@ app.add_typer(train, name="train", epilog=_examples("dittocache train l2c --out 
     "l2c",
     epilog=_examples(
         "dittocache train l2c --out l2c-glyphs",
-        "dittocache train l2c --out l2c-half --penalty 4e-5; dittocache sample --method l2c-half --steps 20",
+        "dittocache train l2c --out l2c-half --penalty 1e-4; dittocache sample --method l2c-half --steps 20",
         "dittocache train l2c --out paper --per-batch --weighted 0 --iterations 20000 --lr 1e-3 --penalty 5e-6",
         "accelerate launch --num_processes 2 -m dittocache.cli train l2c --out l2c-glyphs",
     ),
@@ -398,7 +407,7 @@ def train_l2c(
     iterations: Annotated[int, typer.Option(min=1, help="Iterations at most.")] = 150,
     batch: Annotated[int, typer.Option(min=1, help="Samples of an iteration (and process).")] = 20,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate; the paper's is 1e-3.")] = 0.1,
-    penalty: Annotated[float, typer.Option(min=0, help="Price of a computed module: more removes more.")] = 1e-5,
+    penalty: Annotated[float, typer.Option(min=0, help="Price of a computed module: more removes more.")] = 4e-5,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="theta: lower scores are reused.")] = 0.1,
     hard: Annotated[
         bool, typer.Option("--hard/--soft", help="Compute or reuse in training (straight-through), or mix.")
@@ -408,9 +417,10 @@ def train_l2c(
     ] = True,
     weighted: Annotated[
         int, typer.Option(min=0, help="Pictures to measure how much each step matters; 0 (the paper): all alike.")
-    ] = 12,
+    ] = 24,
     data: Annotated[
-        Path | None, typer.Option(help="A .safetensors file with x0 and labels.", show_default="the model's own samples")
+        Path | None,
+        typer.Option(help="A .safetensors file with x0 and labels.", show_default="the model's own samples"),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many samples the model draws.")] = 180,
     guidance: Annotated[float, typer.Option(help="Guidance of the runs to be made faster; 1 for none.")] = 1.5,
@@ -626,7 +636,6 @@ def _load(device: str, model: str = MODEL) -> Any:
     Raises:
         ValueError: there is no such model, or the folder holds no pipeline.
     """
-    from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     from . import bundled
@@ -636,13 +645,31 @@ def _load(device: str, model: str = MODEL) -> Any:
         if model in bundled.names() or not Path(model).is_dir():
             pipe = bundled.load(model, device=_device(device))
         else:
-            pipe = DiffusionPipeline.from_pretrained(model, local_files_only=True).to(_device(device))
+            pipe = _saved(model).to(_device(device))
     finally:
         logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
-    if pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if model in bundled.names() and pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         _fit_threads(pipe)
     return pipe
+
+
+def _saved(folder: str) -> Any:
+    """The pipeline that was saved in a folder; a ValueError if there is none, or of an unknown class."""
+    from diffusers import DiffusionPipeline
+
+    from .bundled.pipeline import GlyphsPipeline
+
+    try:
+        name = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder!r} holds no pipeline: model_index.json is missing or damaged") from None
+    if name == GlyphsPipeline.__name__:  # which diffusers does not know
+        return GlyphsPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    try:
+        return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    except AttributeError as error:
+        raise ValueError(f"{folder!r} holds a pipeline that cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def _fit_threads(pipe: Any) -> None:
@@ -718,11 +745,13 @@ def _values(texts: list[str] | None) -> dict[str, Any]:
 
 def _method_dict(method: Method) -> dict[str, Any]:
     names = ("name", "title", "arxiv", "needs", "summary", "settings", "bibtex")
-    parameters = {
-        p.name: {"type": p.type, "default": p.default, "valid": p.valid, "help": p.help}
-        for p in method.parameters.values()
+    return {name: getattr(method, name) for name in names} | {"parameters": _parameters_dict(method.parameters)}
+
+
+def _parameters_dict(parameters: dict[str, Parameter]) -> dict[str, Any]:
+    return {
+        p.name: {"type": p.type, "default": p.default, "valid": p.valid, "help": p.help} for p in parameters.values()
     }
-    return {name: getattr(method, name) for name in names} | {"parameters": parameters}
 
 
 if __name__ == "__main__":

@@ -93,9 +93,11 @@ class Forward:
                 row[j] = self._share(j)
         before = self.flops() - sum(self.costs[j] for j in block.sites) if self.counter else 0.0
         output: Any = NotImplemented
-        if block.family.reuse_block is not None and all(row[j] == REUSE for j in block.sites):
+        # the shortcut has no inputs of modules to hand to a fill
+        shortcut = None if self.recipe.fill.keeps_inputs else block.family.reuse_block
+        if shortcut is not None and all(row[j] == REUSE for j in block.sites):
             features = {self.attachment.entry(j).path: self._filled(j, together=True) for j in block.sites}
-            output = block.family.reuse_block(block.module, features, *args, **kwargs)
+            output = shortcut(block.module, features, *args, **kwargs)
             if output is not NotImplemented:
                 self.run.record(list(block.sites), REUSE)
         if output is NotImplemented:
@@ -195,10 +197,17 @@ class Forward:
         values = tuple(filled.clone() for filled in self._filled(j, inputs))
         for value, some in zip(values, computed, strict=True):
             value[rows] = some
-        if inputs is not None and entry.inputs is not None:
-            inputs = torch.where(rows.view(-1, *[1] * (inputs.ndim - 1)), inputs, entry.inputs)
         output = _unpack(values, entry)
+        before, old = entry.values, entry.inputs
         self._keep(j, output, inputs)
+        # the rows that were filled go on from what they had, as they would alone
+        entry.values = [
+            tuple(_choose(rows, new, former) for new, former in zip(value, before[min(n, len(before) - 1)]))
+            for n, value in enumerate(entry.values)
+        ]
+        if entry.inputs is not None and old is not None:
+            entry.inputs = _choose(rows, entry.inputs, old)
+        entry.versions = _versions(entry)
         self.run.record(j, float(rows.float().mean()))
         return output
 
@@ -241,7 +250,8 @@ class Forward:
         """Computes some tokens of a token-wise module and writes them into the kept output."""
         which, run = self.recipe.which, self.run
         count = round(share * x.shape[1])
-        (held,) = self._filled(j)
+        (held,) = self._filled(j, x if self.recipe.fill.keeps_inputs else None)
+        stored = held is entry.values[0][0]
         ages = self._grow_older(entry)
         if count:
             observed = self._entry(self.attachment.scorer[j]).observed if j in self.attachment.scorer else None
@@ -250,7 +260,10 @@ class Forward:
             chosen = which.choose(which.score(base, ages, self._cells(which, x.shape[1]), run.halves), count)
             index = chosen.unsqueeze(-1)
             computed = original(x.gather(1, index.expand(-1, -1, x.shape[-1])))
-            held = self.recipe.fill.write(entry, index.expand(-1, -1, held.shape[-1]), computed)
+            index = index.expand(-1, -1, held.shape[-1])
+            written = self.recipe.fill.write(entry, index, computed)
+            # a stand-in that is not itself what is kept stays what it is where nothing was computed
+            held = written if stored else held.scatter(1, index, computed)
             entry.versions = _versions(entry)
             entry.ages.scatter_(1, chosen, 0.0)  # type: ignore[union-attr]
         run.record(j, count / x.shape[1])
@@ -300,6 +313,11 @@ class Forward:
 
     def _keep(self, j: int, output: Any, inputs: Tensor | None = None) -> None:
         entry, values = self._entry(j), _pack(output)
+        changed = entry.versions != _versions(entry)
+        if changed:
+            self.attachment.aliased.add(j)
+        if changed or entry.signature != self.signature:  # what is older goes with nothing that comes now
+            entry.values, entry.steps, entry.inputs = [], [], None
         values = tuple(v.detach().clone() if self._copies(j, values) else v.detach() for v in values)
         entry.single, entry.signature = isinstance(output, Tensor), self.signature
         if inputs is not None:
@@ -311,10 +329,14 @@ class Forward:
     def _measured(self, j: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The module itself; measured where that is due, and observed where the recipe scores tokens by it."""
         before = self.flops()
-        self.seen.clear()
+        scored = j in self.attachment.scored
+        if scored:  # other modules run inside of it: its linear layers, where a cache keeps them
+            self.seen.clear()
         output = original(*args, **kwargs)
         if self.counter is not None:
             self.costs[j] += self.flops() - before
+        if not scored:
+            return output
         if self.seen and self._scores_due(j, next(iter(self.seen.values())).shape[1]):
             before = self.flops()
             module: Any = self.attachment.entry(j).module
@@ -324,6 +346,11 @@ class Forward:
             self.scoring += self.flops() - before
         self.seen.clear()
         return output
+
+
+def _choose(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Samples of `yes` where rows [batch] is True, of `no` elsewhere."""
+    return torch.where(rows.view(-1, *[1] * (yes.ndim - 1)), yes, no)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -227,7 +227,7 @@ class Call(NamedTuple):
     def sample(self) -> Tensor:
         """The noisy sample that went in."""
         value = self.args[0] if self.args else self.kwargs.get("hidden_states", self.kwargs.get("sample"))
-        return value  # type: ignore[no-any-return]
+        return value  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

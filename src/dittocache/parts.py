@@ -73,7 +73,7 @@ def plain(value: Any) -> Any:
     """Numbers of numpy as Python's own, lists and arrays as tuples."""
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if isinstance(value, (list, tuple, range, np.ndarray)):
         return tuple(plain(v) for v in value)
     return value
 
@@ -114,7 +114,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
 def check_ints(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raises a ValueError that names the value unless it is a list of whole numbers in [low, high]."""
-    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
+    if not isinstance(value, (list, tuple, range, np.ndarray)) or not np.ndim(value):
         raise ValueError(f"{name} must be a list of whole numbers; got {show(value)}")
     for one in value:
         check_int(f"every entry of {name}", one, low, high)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import __version__
+from . import __version__, origin
 from .fill import Fill, Hold
 from .fix import Fix
 from .parts import answers, check_bool, check_choice, check_int, check_ints, check_number, jsonable, plain, show
@@ -83,6 +82,7 @@ class Recipe:
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a dictionary; got {show(getattr(self, name))}")
             object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
+        origin.check(self.made_for)
         if isinstance(self.when, Table):
             partial = (self.when.plan.table > REUSE) & (self.when.plan.table < COMPUTE)
             if partial.any() and self.which is None:
@@ -107,8 +107,8 @@ class Recipe:
             "params": {k: jsonable(v) for k, v in self.params.items()},
             "where": self.where,
             **{n: None if getattr(self, n) is None else getattr(self, n).to_dict() for n in PARTS},
-            "provenance": dict(self.provenance),
-            "made_for": dict(self.made_for),
+            "provenance": copy.deepcopy(self.provenance),
+            "made_for": copy.deepcopy(self.made_for),
         }
 
     @classmethod

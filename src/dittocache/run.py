@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .fill import Entry
+from .fill import Entry, Hold
 from .plan import COMPUTE, PARTIAL, REUSE, Plan, Site
 
 _active: ContextVar[tuple[Run, ...]] = ContextVar("dittocache_runs", default=())
@@ -172,6 +172,8 @@ class Run:
             flops=flops,
             flops_rest=rest,
             flops_fill=filling,
+            # a replay with another fill is refused, not silently something else
+            fills=None if isinstance(self.recipe.fill, Hold) else (self.recipe.fill.name,) * len(k),
             meta=meta,
         )
 

@@ -62,7 +62,8 @@ class Tensors(Mapping[str, Tensor]):
         """A tensor in the device and dtype of another; converted once for each."""
         key = (name, other.device, other.dtype)
         if key not in self._placed:
-            self._placed[key] = self._tensors[name].to(other.device, other.dtype)
+            with torch.inference_mode(False):  # an inference tensor could not be used with gradients on later
+                self._placed[key] = self._tensors[name].to(other.device, other.dtype)
         return self._placed[key]
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,9 +86,10 @@ def _tensor(name: Any, value: Any) -> Tensor:
         tensor = tensor.detach().to("cpu", copy=True).contiguous()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name!r} must be an array of numbers; got {show(value)}") from None
-    if tensor.is_complex():
+    if tensor.is_complex() or tensor.is_quantized:
         raise ValueError(f"{name!r} must be an array of real numbers; it is {tensor.dtype}")
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
+    wide = tensor.float() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
+    if tensor.is_floating_point() and not torch.isfinite(wide).all():
+        bad = int((~torch.isfinite(wide)).sum())
         raise ValueError(f"{name!r} has {bad} of {tensor.numel()} entries that are not finite")
     return tensor

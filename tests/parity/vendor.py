@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent / "goldens"
-SAMPLING = ("none-stress", "fora-stress-n3", "none-sharp", "toca-sharp-n3-attention", "duca-sharp-n4-value-norm")
-UNITS = ("toca-unit-", "duca-unit-")
+SAMPLING = (
+    *("none-stress", "fora-stress-n3", "none-sharp", "toca-sharp-n3-attention", "duca-sharp-n4-value-norm"),
+    *("l2c-hot-t05", "eoc-hot-theta10", "goc-hot-reuse50-eta12", "goc-hot-router-t05-eta08"),
+    *("icc-hot-activation-svd-p3", "eb-cache-hot-mixed-d0965", "l2c-uvit-nfe20-t05"),
+)
+UNITS = ("toca-unit-", "duca-unit-", "l2c-unit-train-soft", "l2c-uvit-unit-train", "icc-unit-")
+METHODS = ("none", "fora", "toca", "duca", "l2c", "eoc", "goc", "icc", "eb-cache")
 
 
 def main(pack: Path) -> None:
@@ -19,8 +24,8 @@ def main(pack: Path) -> None:
     for table, key in (("networks", "network"), ("samplers", "sampler"), ("inputs", "input"), ("guidance", "guidance")):
         data[table] = {name: entry for name, entry in data[table].items() if name in used[key]}
     data["cases"] = cases
-    data["settings_legend"] = {k: v for k, v in data["settings_legend"].items() if k in ("fora", "toca", "duca")}
-    data["provenance"] = {k: v for k, v in data["provenance"].items() if k in ("none", "fora", "toca", "duca")}
+    data["settings_legend"] = {k: v for k, v in data["settings_legend"].items() if k in METHODS}
+    data["provenance"] = {k: v for k, v in data["provenance"].items() if k in METHODS}
     files = {entry["file"] for table in ("networks", "inputs") for entry in data[table].values()}
     for case in cases:
         files.add(case["expect"]["file"])

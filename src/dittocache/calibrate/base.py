@@ -16,7 +16,8 @@ from torch import Tensor
 from ..cache import enable, wanted
 from ..describe import describe
 from ..fill import At, Entry, Fill
-from ..parts import jsonable
+from ..parts import jsonable, plain
+from ..plan import REUSE
 from ..recipe import Parameter, Recipe, parameter
 from ..when import Every, When
 from .setup import Setup, conditional_half, draw
@@ -42,12 +43,14 @@ class Calibrator:
         method: name of the method.
         where: the sites that are recorded, as in a recipe.
         keeps_inputs: their inputs are wanted, too.
+        once: every sample must be one row of one network call a step; others count what they see.
         needs_samples: False if these parameters make a recipe of the weights alone.
     """
 
     method: ClassVar[str]
     where: ClassVar[str] = "module"
     keeps_inputs: ClassVar[bool] = False
+    once: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -78,9 +81,11 @@ class Calibrator:
         """Draws some samples uncached, and returns the sums over them."""
         sums: dict[str, Tensor] = {}
         half = None if setup.guidance_scale <= 1 else conditional_half(pipe)
-        recorder = Recorder(self.watch(pipe, setup, sums), self.keeps_inputs, half, len(samples))
+        recorder = Recorder(self.watch(pipe, setup, sums), self.keeps_inputs, half, len(samples), self.once)
         with enable(pipe, Recipe(when=Every(1), where=self.where, fill=recorder, method="none")):
             draw(pipe, setup, samples)
+        # a cache and its run refer to each other: what the function holds would wait for the garbage collector
+        recorder.see = _nothing
         return sums
 
     def fit(self, statistics: Statistics, pipe: Any, setup: Setup) -> Recipe:
@@ -91,20 +96,34 @@ class Calibrator:
 class Recorder(Fill):
     """Shows every computed output, and that of the step before, to a function; nothing else is kept."""
 
-    def __init__(self, see: See, keeps_inputs: bool, half: int | None, samples: int) -> None:
-        self.see, self.half, self.samples = see, half, samples
+    def __init__(self, see: See, keeps_inputs: bool, half: int | None, samples: int, once: bool) -> None:
+        self.see, self.half, self.samples, self.once = see, half, samples, once
         self.keeps_inputs = keeps_inputs  # type: ignore[misc]
+        self.latest: dict[str, int] = {}  # site -> the step it was seen in last
 
     def keep(self, entry: Entry, value: tuple[Tensor, ...], at: At) -> None:
         old = Seen(self._rows(entry.values[0][0]), self._rows(entry.inputs)) if entry.values else None
-        self.see(at, Seen(self._rows(value[0]), self._rows(at.inputs)), old)
-        entry.values, entry.steps, entry.inputs = [value[:1]], [at.step], at.inputs
+        new = Seen(self._rows(value[0]), self._rows(at.inputs))
+        if self.once and (self.latest.get(at.site.name) == at.step or len(new.output) != self.samples):
+            raise ValueError(
+                f"calibration needs one network call a step with one row a sample (or two: guidance); {at.site.name!r} "
+                f"was called again in step {at.step}, or with {len(value[0])} rows for {self.samples} samples"
+            )
+        self.latest[at.site.name] = at.step
+        self.see(at, new, old)
+        # a copy: what a model changes in place would be dropped, and a change between steps be missing
+        kept = value[0].clone() if self.once else value[0]
+        entry.values, entry.steps, entry.inputs = [(kept,)], [at.step], at.inputs
 
     def _rows(self, value: Any) -> Any:
         """The conditional rows of a batch that holds both halves of guidance."""
         if value is None or self.half is None or len(value) != 2 * self.samples:
             return value
         return value.chunk(2)[self.half]
+
+
+def _nothing(at: At, new: Seen, old: Seen | None) -> None:
+    """Sees nothing."""
 
 
 def add(sums: dict[str, Tensor], name: str, value: Tensor, dtype: torch.dtype = torch.float64) -> None:
@@ -125,13 +144,15 @@ def reused(when: When, pipe: Any, num_steps: int, where: str = "module") -> dict
     """Site -> the steps at which a schedule reuses it.
 
     Raises:
-        ValueError: the schedule is not one for this model or number of steps.
+        ValueError: the schedule is not one for this model or number of steps, or reuses nothing.
     """
     description = describe(pipe.transformer)
     used = wanted(Recipe(when=when, where=where), description)
     sites = [description.columns[j] for j in used]
     table = when.table(num_steps, sites)
-    return {site.name: [int(k) for k in np.flatnonzero(table[:, n] == 0)] for n, site in enumerate(sites)}
+    if not (table == REUSE).any():
+        raise ValueError(f"the schedule reuses nothing in {num_steps} steps: there is nothing to calibrate")
+    return {site.name: [int(k) for k in np.flatnonzero(table[:, n] == REUSE)] for n, site in enumerate(sites)}
 
 
 def make(method: str, params: Mapping[str, Any]) -> Calibrator:
@@ -147,7 +168,12 @@ def make(method: str, params: Mapping[str, Any]) -> Calibrator:
         if name not in known:
             raise ValueError(f"calibrating {method} has no parameter {name!r}; known: {', '.join(known)}")
         known[name].check(value)
-    return CALIBRATORS[method](**params)
+    return CALIBRATORS[method](**{n: v if known[n].type == "data" else _plain(v) for n, v in params.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A parameter's value without anything of numpy's, so that it can be written as JSON."""
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, Mapping) else plain(value)
 
 
 def described(calibrator: Calibrator) -> dict[str, Any]:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import noise
-from ..cache import enable, wanted
-from ..describe import describe
+from ..cache import enable
+from ..fill import Entry
 from ..fix import Level, NoiseScale
 from ..hooks import Call, captured
-from ..plan import Plan
+from ..parts import show
+from ..plan import OPEN, Site
 from ..recipe import Number, Recipe, recipe
-from ..when import Every, Table
+from ..when import When
 from ..when.learned import STATES
 from .base import Calibrator, add
-from .setup import Setup, conditional_half, draw, timesteps
+from .setup import Setup, conditional_half, draw
 from .statistics import Statistics
 
 FULL, ATTENTION, BOTH, FEED_FORWARD = range(4)  # what a state reuses
@@ -30,11 +32,11 @@ FULL, ATTENTION, BOTH, FEED_FORWARD = range(4)  # what a state reuses
 class CalibrateEBCache(Calibrator):
     """Votes of samples for the state of every step, as the paper (version 3) is quoted; the authors released no search.
 
-    On an uncached trajectory, step k is also run with features of step k-1: both kinds reused (and the noise scaled),
-    and one kind: the feed-forward while it is noisy (time above 0.4), then attention. A sample votes for the most
+    On an uncached trajectory, every step is also run with both kinds of features reused (and the noise scaled), and
+    with one kind: the feed-forward while it is noisy (time above 0.4), then attention. A sample votes for the most
     aggressive state whose noise prediction has a norm within a relative `delta` of the uncached one, a limit that goes
-    linearly from `delta_low` at the clean end to `delta_high` at pure noise; the most votes win. Left to us were what
-    features a candidate reuses (those of the step before), and what the limits are.
+    linearly from `delta_low` at the clean end to `delta_high` at pure noise; the most votes win. Left to us were which
+    features a candidate reuses (those that the sample's choices so far have kept), and the limits.
     """
 
     method = "eb-cache"
@@ -45,46 +47,60 @@ class CalibrateEBCache(Calibrator):
     noise_bias: Annotated[bool, "multiply predicted noise with the paper's b(t)"] = False
     turn: Annotated[float, Number(0, 1, help="time above which the single candidate reuses the feed-forward")] = 0.4
 
+    def __post_init__(self) -> None:
+        self._fix()  # refuses what cannot be divided by
+
     def settings(self) -> dict[str, Any]:
         names = ("delta_low", "delta_high", "noise_scale", "noise_bias", "turn")
         return {name: getattr(self, name) for name in names}
 
     def collect(self, pipe: Any, setup: Setup, samples: Sequence[int]) -> dict[str, Tensor]:
-        with captured(pipe.transformer) as calls:
-            draw(pipe, setup, samples)
-        if len(calls) != setup.num_steps:
-            raise ValueError(
-                f"the search needs one network call a step; {type(pipe).__name__} made {len(calls)} in "
-                f"{setup.num_steps} steps"
-            )
         scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         scheduler.set_timesteps(setup.num_steps)
+        times = [float(t) / scheduler.config.num_train_timesteps for t in scheduler.timesteps]
         alphas, sigmas = noise.levels(scheduler)
         kind = noise.prediction_type(scheduler)
-        votes = torch.zeros(setup.num_steps, len(STATES), dtype=torch.float64)
-        votes[0, FULL] = len(samples)
+        if len(times) < 2:
+            raise ValueError("the search compares a step with the one before: 2 steps or more are needed, not 1")
+        with captured(pipe.transformer) as calls:
+            draw(pipe, setup, samples)
+        if len(calls) != len(times):
+            raise ValueError(
+                f"the search needs one network call a step; {type(pipe).__name__} made {len(calls)} in "
+                f"{len(times)} steps"
+            )
 
-        def norms(output: Tensor, call: Call, k: int) -> Tensor:
-            x, predicted = call.sample, output[:, : call.sample.shape[1]]
-            found = noise.to_noise(predicted, x, alphas[k], sigmas[k], kind)
-            if len(found) == 2 * len(samples):
+        def norms(output: Tensor, k: int) -> Tensor:
+            """Of the noise after guidance [samples]."""
+            x = calls[k].sample
+            found = noise.to_noise(output[:, : x.shape[1]], x, alphas[k], sigmas[k], kind)
+            if setup.guidance_scale > 1 and len(found) == 2 * len(samples):
                 halves = found.chunk(2)
                 yes, no = halves[conditional_half(pipe)], halves[1 - conditional_half(pipe)]
                 found = no + setup.guidance_scale * (yes - no)
-            return found.flatten(1).double().norm(dim=1)
+            size = found.flatten(1).double().norm(dim=1)
+            if not size.isfinite().all():
+                which = show(list(samples))
+                raise ValueError(
+                    f"the statistics 'votes' of samples {which} are not finite: the noise of step {k} is not"
+                )
+            return size
 
-        for k, outputs in enumerate(self._candidates(pipe, calls, self._times(pipe, setup)), start=1):
-            time = self._times(pipe, setup)[k]
-            wanted_norm = norms(calls[k].output, calls[k], k)
-            scale = 1.0
-            if self.noise_bias or self.noise_scale != 1:
-                scale = float(NoiseScale(self.noise_scale, self.noise_bias).fix(torch.ones(1), Level(k, 0, time, 1.0)))
-            limit = self.delta_low + (self.delta_high - self.delta_low) * time
-            both = (norms(outputs[0], calls[k], k) * scale / wanted_norm - 1).abs() <= limit
-            one = (norms(outputs[1], calls[k], k) / wanted_norm - 1).abs() <= limit
-            votes[k, BOTH] = both.sum()
-            votes[k, self._single(time)] = (one & ~both).sum()
-            votes[k, FULL] = (~one & ~both).sum()
+        votes = torch.zeros(len(times), len(STATES), dtype=torch.float64)
+        votes[0, FULL] = len(samples)
+        with _Replay(pipe.transformer, calls) as replay:
+            replay.forward(0, torch.tensor(FULL))
+            for k in range(1, len(calls)):
+                true, single = norms(calls[k].output, k), self._single(times[k])
+                scale = float(self._fix().fix(torch.ones(1), Level(k, len(times), times[k], 0.0)))
+                limit = self.delta_low + (self.delta_high - self.delta_low) * times[k]
+                before = replay.kept()
+                both = (norms(replay.forward(k, torch.tensor(BOTH)), k) * scale / true - 1).abs() <= limit
+                one = (norms(replay.forward(k, torch.tensor(single)), k) / true - 1).abs() <= limit
+                chosen = torch.where(both, BOTH, torch.where(one, single, FULL)).cpu()
+                votes[k].scatter_add_(0, chosen, torch.ones(len(chosen), dtype=torch.float64))
+                replay.go_back(before)
+                replay.forward(k, chosen)
         sums: dict[str, Tensor] = {}
         add(sums, "votes", votes)
         return sums
@@ -92,32 +108,57 @@ class CalibrateEBCache(Calibrator):
     def _single(self, time: float) -> int:
         return FEED_FORWARD if time > self.turn else ATTENTION
 
-    @staticmethod
-    def _times(pipe: Any, setup: Setup) -> list[float]:
-        trained = pipe.scheduler.config.num_train_timesteps
-        return [float(t) / trained for t in timesteps(pipe, setup)]
-
-    @torch.no_grad()
-    def _candidates(self, pipe: Any, calls: Sequence[Call], times: Sequence[float]) -> Any:
-        """For every step but the first: network outputs with both kinds, and with one kind reused from the step before."""
-        description = describe(pipe.transformer)
-        sites = [description.columns[j] for j in wanted(Recipe(when=Every(1)), description)]
-        attention = torch.tensor(["attention" in site.kind for site in sites])
-        rows = []
-        for k in range(1, len(calls)):
-            for state in (FULL, BOTH, self._single(times[k])):
-                computed = STATES[state]
-                rows.append(torch.where(attention, float(computed[0]), float(computed[1])))
-        plan = Plan(torch.stack(rows).numpy(), tuple(s.name for s in sites), kinds=tuple(s.kind for s in sites))
-        with enable(pipe.transformer, Recipe(when=Table(plan))) as cache, cache.run(len(rows)):
-            for k, (before, now) in enumerate(itertools.pairwise(calls), start=1):
-                outputs = []
-                for n, call in enumerate((before, now, now)):
-                    cache.step(3 * (k - 1) + n)
-                    found = pipe.transformer(*call.args, **call.kwargs)
-                    outputs.append(found if isinstance(found, Tensor) else found[0])
-                yield outputs[1:]
+    def _fix(self) -> NoiseScale:
+        return NoiseScale(self.noise_scale, self.noise_bias)
 
     def fit(self, statistics: Statistics, pipe: Any, setup: Setup) -> Recipe:
-        table = tuple(int(state) for state in statistics.sums["votes"].argmax(1))
+        order = torch.tensor((FULL, ATTENTION, FEED_FORWARD, BOTH))  # of as many votes, the least reuse wins
+        table = tuple(int(state) for state in order[statistics.sum("votes")[:, order].argmax(1)])
         return recipe("eb-cache", table=table, noise_scale=self.noise_scale, noise_bias=self.noise_bias)
+
+
+class _Live(When):
+    """States as told at the time, one for all samples or one for each. No dataclass: not to be saved."""
+
+    def __init__(self) -> None:
+        self.states = torch.tensor(FULL)
+
+    def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
+        return np.full((num_steps, len(sites)), OPEN)
+
+    def decide(self, step: int, site: Site, args: tuple[Any, ...], memory: dict[str, Any]) -> Tensor:
+        computed = torch.tensor([STATES[n][0 if "attention" in site.kind else 1] for n in range(len(STATES))])
+        rows = computed[self.states].reshape(-1)
+        return rows.repeat(len(args[0]) // len(rows)).to(args[0].device)
+
+
+class _Replay:
+    """Forwards of a recorded run, in which samples reuse features of the forwards before as told."""
+
+    def __init__(self, transformer: Any, calls: Sequence[Call]) -> None:
+        self.transformer, self.calls, self.when = transformer, calls, _Live()
+
+    def __enter__(self) -> _Replay:
+        self.cache = enable(self.transformer, Recipe(when=self.when, method="none"))
+        self.run = self.cache.run(len(self.calls))
+        self.run.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.run.close()
+        self.cache.disable()
+
+    @torch.no_grad()
+    def forward(self, k: int, states: Tensor) -> Tensor:
+        """The prediction at the inputs of step k; states are one number, or one for each sample [samples]."""
+        self.when.states = states
+        self.run.step(k)
+        output = self.transformer(*self.calls[k].args, **self.calls[k].kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+    def kept(self) -> dict[Any, Entry]:
+        """What is kept now, for `go_back`."""
+        return {key: copy.copy(entry) for key, entry in self.run.entries.items()}
+
+    def go_back(self, entries: dict[Any, Entry]) -> None:
+        self.run.entries = entries

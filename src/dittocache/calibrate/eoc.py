@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..fill import At
-from ..methods.base import Interval, ReuseList, RouterLogits, Threshold, read_router, schedule
+from ..methods.base import Interval, ReuseList, RouterLogits, Threshold, schedule
 from ..recipe import Int, Number, Recipe, recipe
+from ..when import Router
 from .base import Calibrator, See, Seen, add, digest, reused
-from .setup import Setup
+from .setup import Setup, timesteps
 from .statistics import Statistics
 from .trial import Trial
 
@@ -51,13 +52,12 @@ class CalibrateEOC(Calibrator):
         return {name: getattr(self, name) for name in names}
 
     def settings(self) -> dict[str, Any]:
-        router = None if self.router_logits is None else digest(read_router(self.router_logits)["logits"])
+        when = schedule(**self._base())
+        router = digest(when.logits["logits"]) if isinstance(when, Router) else None
         return {**self._base(), "router_logits": router}  # the schedule decides which trends are summed
 
     def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:
-        steps = reused(schedule(**self._base()), pipe, setup.num_steps)
-        if not any(steps.values()):
-            raise ValueError(f"the schedule reuses nothing in {setup.num_steps} steps: there is no trend to calibrate")
+        steps = reused(schedule(**self._base()), pipe, len(timesteps(pipe, setup)))
 
         def see(at: At, new: Seen, old: Seen | None) -> None:
             if old is not None and at.step in steps[at.site.name]:
@@ -70,8 +70,8 @@ class CalibrateEOC(Calibrator):
     def fit(self, statistics: Statistics, pipe: Any, setup: Setup) -> Recipe:
         count = len(statistics.samples)
         trend = {name: t / count for name, t in statistics.sums.items() if not name.endswith("#square")}
-        size = {name: _size(t, statistics.sums[f"{name}#square"] / count) for name, t in trend.items()}
-        limit = float(torch.tensor(list(size.values())).quantile(self.size_quantile))
+        size = {name: _size(t, statistics.sum(f"{name}#square") / count) for name, t in trend.items()}
+        limit = float(torch.tensor(list(size.values()), dtype=torch.float64).quantile(self.size_quantile))
         stored = {name: t.to(PRECISIONS[self.precision]) for name, t in trend.items() if size[name] >= limit}
         if self.judge == "trial":
             stored = self._judged(stored, Trial(pipe, setup, statistics.samples[: self.trial_samples]))

@@ -12,7 +12,7 @@ from ..fill import At
 from ..methods.base import Interval, ReuseList, RouterLogits, Threshold, schedule
 from ..recipe import Number, Recipe, recipe
 from .base import Calibrator, See, Seen, add, reused
-from .setup import Setup
+from .setup import Setup, timesteps
 from .statistics import Statistics
 
 
@@ -20,9 +20,9 @@ from .statistics import Statistics
 class CalibrateGOC(Calibrator):
     """Finds GOC's position list P; the authors' own detector is not public, this one is ours.
 
-    Recorded are, for every site and step, the inner product of a feature's last two changes, and their squares: three
-    numbers. A reused step is corrected if the cosine of the two changes, averaged over the sites, is above `limit`:
-    where it is negative, features turn back, and going on along their last change leads away.
+    Recorded are, for every site and step, the inner product of a feature's last two changes, and the square of the
+    last. A reused step is corrected if the cosine of the two changes, averaged over the sites, is above `limit`: where
+    it is negative, features turn back, and going on along their last change leads away.
     """
 
     method = "goc"
@@ -39,14 +39,14 @@ class CalibrateGOC(Calibrator):
         return {name: getattr(self, name) for name in names}
 
     def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:
-        reused(schedule(**self._base()), pipe, setup.num_steps)  # refuses what does not go together
+        reused(schedule(**self._base()), pipe, len(timesteps(pipe, setup)))  # refuses what does not go together
         changes: dict[str, Tensor] = {}
 
         def see(at: At, new: Seen, old: Seen | None) -> None:
             if old is None:
                 return
             change, before = (new.output - old.output).double(), changes.get(at.site.name)
-            column = torch.zeros(2, setup.num_steps, dtype=torch.float64)
+            column = torch.zeros(2, at.num_steps, dtype=torch.float64)
             column[0, at.step] = 0.0 if before is None else float((change * before).sum())
             column[1, at.step] = float(change.square().sum())
             add(sums, at.site.name, column)
@@ -56,7 +56,8 @@ class CalibrateGOC(Calibrator):
 
     def fit(self, statistics: Statistics, pipe: Any, setup: Setup) -> Recipe:
         cosines = self.cosines(statistics)
-        steps = {k for some in reused(schedule(**self._base()), pipe, setup.num_steps).values() for k in some}
+        table = reused(schedule(**self._base()), pipe, len(cosines))
+        steps = {k for some in table.values() for k in some}
         positions = tuple(k for k in sorted(steps) if k > 1 and float(cosines[k]) > self.limit)
         base = "static" if self.router_logits is None else "l2c"
         return recipe("goc", eta=self.eta, base=base, correct_steps=positions, **self._base())

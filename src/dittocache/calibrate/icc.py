@@ -13,7 +13,7 @@ from ..fill import At
 from ..recipe import Int, Ranks, Recipe, recipe
 from .base import Calibrator, See, Seen, add
 from .channels import channel_statistic, channel_weights, low_rank_factors
-from .setup import Setup
+from .setup import Setup, timesteps
 from .statistics import Statistics
 
 
@@ -28,6 +28,7 @@ class CalibrateICC(Calibrator):
     method = "icc"
     where = "linear"
     keeps_inputs = True
+    once = False
 
     period: Annotated[int, Int(1, help="step k is full iff k mod period = 0")] = 2
     factors: Annotated[
@@ -46,11 +47,16 @@ class CalibrateICC(Calibrator):
         return {"factors": self.factors}
 
     def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:
-        linears = self._check_ranks(pipe)
-        siblings = {
-            e.site.name: f"{e.site.name.rpartition('.')[0]}." for e in linears if e.site.kind in ("q", "k", "v")
-        }
-        open_: dict[str, dict[str, Tensor]] = {}
+        self._check_ranks(pipe)
+        if self.factors == "change-svd" and len(timesteps(pipe, setup)) < 2:
+            raise ValueError("a run of 1 step has no change between steps: use 2 or more, or factors='activation-svd'")
+        # whatever the ranks are, so that the same statistics serve all of them
+        groups: dict[str, list[str]] = {}
+        for entry in describe(pipe.transformer).linears:
+            if entry.site.kind in ("q", "k", "v"):
+                groups.setdefault(entry.site.name.rpartition(".")[0], []).append(entry.site.name)
+        siblings = {name: group for group in groups.values() for name in group}
+        outputs: dict[str, Tensor] = {}
 
         def see(at: At, new: Seen, old: Seen | None) -> None:
             name, output, inputs = at.site.name, new.output, new.input
@@ -64,13 +70,12 @@ class CalibrateICC(Calibrator):
                 add(sums, f"{name}/out", channel_statistic(output))
                 return
             # q, k and v are normalised together: where the authors work they are one layer
-            group = open_.setdefault(siblings[name], {})
-            group[name] = output
-            if {"q", "k", "v"} == {_kind(n) for n in group}:
+            outputs[name] = output
+            if all(one in outputs for one in siblings[name]):
+                group = {one: outputs.pop(one) for one in siblings[name]}
                 joint = channel_statistic(*group.values())
                 for part, one in zip(joint.split([o.shape[-1] for o in group.values()]), group):
                     add(sums, f"{one}/out", part)
-                group.clear()
 
         return see
 
@@ -78,11 +83,11 @@ class CalibrateICC(Calibrator):
         tensors: dict[str, Tensor] = {}
         for entry in self._check_ranks(pipe):
             name, weight, left, right = entry.site.name, _weight(entry), None, None
-            parts = 3 if entry.site.kind == "qkv" else 1
+            parts = _parts(entry)
             if self.needs_samples:
-                count = statistics.sums[f"{name}/count"]
-                left = channel_weights((statistics.sums[f"{name}/out"] / count).float(), parts=parts)
-                right = channel_weights((statistics.sums[f"{name}/in"] / count).float())
+                count = statistics.sum(f"{name}/count")
+                left = channel_weights((statistics.sum(f"{name}/out") / count).float(), parts=parts)
+                right = channel_weights((statistics.sum(f"{name}/in") / count).float())
             a, b = low_rank_factors(weight, left, right, self._rank(entry), parts=parts)
             tensors |= {f"{name}/A": a, f"{name}/B": b}
         return recipe("icc", period=self.period, factors=self.factors, factor_tensors=tensors)
@@ -105,7 +110,8 @@ class CalibrateICC(Calibrator):
             raise ValueError(f"rank names {unknown[0]!r}; the layers of {description.model} are: {', '.join(kinds)}")
         chosen = [entry for entry in description.linears if self._rank(entry)]
         for entry in chosen:
-            full = min(_weight(entry).shape)
+            out, width = _weight(entry).shape
+            full = min(out // _parts(entry), width)
             if self._rank(entry) > full:
                 raise ValueError(
                     f"rank is {self._rank(entry)}, but {entry.site.name!r} ({entry.site.kind}) has rank {full} at most"
@@ -114,8 +120,9 @@ class CalibrateICC(Calibrator):
 
 
 def _weight(entry: SiteModule) -> Tensor:
-    return entry.module.weight.detach().float()  # type: ignore[operator, union-attr, return-value]
+    return entry.module.weight.detach().float()  # type: ignore[operator]
 
 
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2].removeprefix("to_")
+def _parts(entry: SiteModule) -> int:
+    """Layers that are fused in one."""
+    return 3 if entry.site.kind == "qkv" else 1

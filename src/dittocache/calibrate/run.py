@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..evaluate.provenance import machine, versions
-from ..hooks import caches_on
-from ..parts import check_int, show
-from ..recipe import FILE, Recipe
+from ..parts import check_int, check_ints, show
+from ..recipe import ARRAYS, FILE, Recipe
 from .base import Calibrator, described, make
-from .setup import Setup, made_for
+from .setup import Setup, check_uncached, made_for
 from .statistics import FILE as STATISTICS
-from .statistics import Statistics, merge
+from .statistics import Statistics, merge, peak
 
 Progress = Callable[[int, int, str], None]  # samples done, samples in all, what is done
 
@@ -59,7 +59,7 @@ def calibrate(
     statistics = record(pipe, calibrator, samples, setup, out=out, batch=batch, progress=progress)
     found = fit(pipe, calibrator, statistics, setup)
     if out is not None:
-        found.save_pretrained(out)
+        save(found, out)
     return found
 
 
@@ -75,15 +75,10 @@ def record(
 ) -> Statistics:
     """The statistics of some samples; arguments and errors as in `calibrate`."""
     check_int("batch", batch, 1)
-    if isinstance(samples, int):
-        check_int("samples", samples, 1 if calibrator.needs_samples else 0)
-    numbers = list(range(samples)) if isinstance(samples, int) else [int(n) for n in samples]
-    if not calibrator.needs_samples:
-        numbers = []
-    elif not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise ValueError(f"samples are one or more different numbers from 0; got {show(numbers)}")
-    if caches_on(pipe.transformer):
-        raise ValueError("a cache is on: calibration records uncached runs; call dittocache.disable first")
+    numbers = _numbers(samples, calibrator.needs_samples)
+    check_uncached(pipe)
+    if out is not None:
+        check_folder(out, calibrator.method)
     settings = _settings(pipe, calibrator, setup)
     statistics = Statistics(calibrator.method, settings)
     if out is not None and (Path(out) / STATISTICS).exists():
@@ -96,7 +91,8 @@ def record(
         began = time.perf_counter()
         statistics.add(calibrator.collect(pipe, setup, part), part)
         seconds = statistics.record.get("seconds", 0.0) + time.perf_counter() - began
-        statistics.record = {"seconds": round(seconds, 2), "memory": _memory(pipe, statistics), **_made(pipe)}
+        memory = peak(statistics.record.get("memory", {}), _memory(pipe, statistics))
+        statistics.record = {"seconds": round(seconds, 2), "memory": memory, **_made(pipe)}
         if out is not None:
             statistics.save(out)
         if progress:
@@ -105,8 +101,14 @@ def record(
 
 
 def fit(pipe: Any, calibrator: Calibrator, statistics: Statistics, setup: Setup) -> Recipe:
-    """The recipe of a calibrator's statistics, with what it was made for and how."""
+    """The recipe of a calibrator's statistics, with what it was made for and how.
+
+    Raises:
+        ValueError: the statistics are for something else, there are none, or (for trial runs) a cache is on.
+    """
     statistics.check(calibrator.method, _settings(pipe, calibrator, setup))
+    if calibrator.needs_samples and not statistics.samples:
+        raise ValueError("these statistics hold no samples: record some first")
     made = calibrator.fit(statistics, pipe, setup)
     provenance = {
         "calibration": described(calibrator),
@@ -123,14 +125,29 @@ def merged(
     """The recipe of several folders of statistics, recorded apart from different samples.
 
     Raises:
-        ValueError: a folder is missing or damaged, settings differ, or a sample is in two of them.
+        ValueError: a folder is missing or damaged, settings differ, a sample is in two of them, or `out` holds
+            statistics of other samples already.
     """
+    if out is not None:
+        check_folder(out, calibrator.method)
     statistics = merge(Statistics.load(folder) for folder in folders)
+    if out is not None and (Path(out) / STATISTICS).exists():
+        there = Statistics.load(out)
+        there.check(statistics.method, statistics.settings)
+        lost = sorted(set(there.samples) - set(statistics.samples))
+        if lost:
+            raise ValueError(f"{str(out)!r} holds sample {lost[0]}, which is not among those merged: merge it as well")
     found = fit(pipe, calibrator, statistics, setup)
     if out is not None:
         statistics.save(out)
-        found.save_pretrained(out)
+        save(found, out)
     return found
+
+
+def save(made: Recipe, out: str | Path) -> None:
+    """Writes a recipe in place of one that was made of the same statistics."""
+    (Path(out) / ARRAYS).unlink(missing_ok=True)  # a recipe without tensors would leave those of the old one
+    made.save_pretrained(out)
 
 
 def shard(samples: int, text: str) -> list[int]:
@@ -140,7 +157,7 @@ def shard(samples: int, text: str) -> list[int]:
         ValueError: not of that form, or the share is empty.
     """
     index, slash, count = text.partition("/")
-    if not slash or not index.isdigit() or not count.isdigit() or not 1 <= int(index) <= int(count):
+    if not slash or not index.isdecimal() or not count.isdecimal() or not 1 <= int(index) <= int(count):
         raise ValueError(f"a shard is given as NUMBER/OF, such as 1/4; got {text!r}")
     numbers = list(range(int(index) - 1, samples, int(count)))
     if not numbers:
@@ -148,12 +165,34 @@ def shard(samples: int, text: str) -> list[int]:
     return numbers
 
 
-def check_folder(out: str | Path) -> None:
-    """Raises a ValueError if a folder holds something that calibration did not write."""
+def check_folder(out: str | Path, method: str) -> None:
+    """Raises a ValueError if a folder cannot be made, or holds something that calibrating the method did not write."""
     path = Path(out)
-    known = (STATISTICS, FILE)
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not any((path / n).exists() for n in known))):
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    if not there.is_dir():
+        raise ValueError(f"{str(out)!r} cannot be a folder: {str(there)!r} is a file")
+    names = {p.name for p in path.iterdir()} - {f"{STATISTICS}.new"} if path.exists() else set()  # of a killed run
+    if names and not names & {STATISTICS, FILE}:
         raise ValueError(f"{str(out)!r} exists and holds something else: choose another folder")
+    if FILE in names:
+        found = Recipe.from_pretrained(path).method if STATISTICS not in names else method
+        if found != method:
+            raise ValueError(
+                f"{str(out)!r} holds a recipe of {found or 'no method'}: choose another folder for {method}"
+            )
+
+
+def _numbers(samples: Any, needed: bool) -> list[int]:
+    """Numbers of the samples, from how many there are or from themselves; none if none are needed."""
+    if isinstance(samples, (int, np.integer)) or not hasattr(samples, "__iter__"):
+        check_int("samples", samples, 1 if needed else 0)
+        numbers = list(range(samples))
+    else:
+        check_ints("samples", samples, 0)
+        numbers = [int(n) for n in samples]
+    if needed and (not numbers or len(set(numbers)) < len(numbers)):
+        raise ValueError(f"samples are one or more different numbers from 0; got {show(numbers)}")
+    return numbers if needed else []
 
 
 def _settings(pipe: Any, calibrator: Calibrator, setup: Setup) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import origin
+from ..hooks import caches_on, foreign_cache
 from ..parts import check_bool, check_int, check_number, plain, show
 
 
@@ -41,13 +42,15 @@ class Setup:
     shared_noise: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "conditions", plain(tuple(self.conditions)))
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
         check_int("num_steps", self.num_steps, 1)
         check_number("guidance_scale", self.guidance_scale)
-        check_int("seed", self.seed, 0)
+        check_int("seed", self.seed, 0, 2**62)
         check_bool("shared_noise", self.shared_noise)
-        if not all(isinstance(c, (int, str)) and not isinstance(c, bool) for c in self.conditions):
-            raise ValueError(f"conditions are class labels or prompts; got {show(self.conditions)}")
+        listed = isinstance(self.conditions, tuple)
+        if not listed or not all(isinstance(c, (int, str)) and not isinstance(c, bool) for c in self.conditions):
+            raise ValueError(f"conditions are a list of class labels or prompts; got {show(self.conditions)}")
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "conditions": list(self.conditions)}
@@ -72,6 +75,18 @@ def takes(pipe: Any) -> str:
         if name in accepted:
             return name
     raise ValueError(f"{type(pipe).__name__} takes neither class_labels nor prompt: it cannot be sampled here")
+
+
+def check_uncached(pipe: Any) -> None:
+    """Raises a ValueError unless this is a pipeline without a cache."""
+    for name in ("transformer", "scheduler"):
+        if getattr(pipe, name, None) is None:
+            raise ValueError(f"calibration draws from a diffusers pipeline; {type(pipe).__name__} has no {name}")
+    foreign = foreign_cache(pipe.transformer)
+    if foreign is not None:
+        raise ValueError(f"a diffusers cache is on ({foreign}): call transformer.disable_cache() first")
+    if caches_on(pipe.transformer):
+        raise ValueError("a cache is on: calibration records uncached runs; call dittocache.disable first")
 
 
 def classes(pipe: Any) -> int:

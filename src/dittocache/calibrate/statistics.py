@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..parts import show
+from ..parts import check_ints, show
 
 FORMAT = "dittocache-statistics-1"
 FILE, READABLE = "statistics.safetensors", "statistics.json"
@@ -42,6 +42,12 @@ class Statistics:
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.sums.values())
 
+    def sum(self, name: str) -> Tensor:
+        """A sum by its name; a ValueError if it is not there."""
+        if name not in self.sums:
+            raise ValueError(f"these statistics are incomplete: {name!r} is missing")
+        return self.sums[name]
+
     def add(self, sums: Mapping[str, Tensor], samples: Iterable[int]) -> None:
         """Adds what was recorded from more samples.
 
@@ -68,7 +74,7 @@ class Statistics:
         if self.method != method:
             raise ValueError(f"these statistics are for {self.method!r}, not for {method!r}")
         mine, theirs = _flat(self.settings), _flat(settings)
-        for name in sorted({*mine, *theirs}):
+        for name in dict.fromkeys((*mine, *theirs)):
             if mine.get(name) != theirs.get(name):
                 raise ValueError(
                     f"these statistics were recorded with {name} = {show(mine.get(name))}, not {show(theirs.get(name))}"
@@ -109,7 +115,10 @@ class Statistics:
             if not isinstance(about, Mapping) or about.get("format") != FORMAT:
                 raise ValueError("it is not of this format")
             found = cls(about["method"], about["settings"], tuple(about["samples"]), sums, about["record"])
-            if not found.samples or any(not torch.isfinite(t).all() for t in sums.values()):
+            check_ints("samples", found.samples, 0)
+            if not isinstance(found.settings, Mapping) or not isinstance(found.record, Mapping):
+                raise ValueError("its settings or its record are damaged")
+            if not found.samples or not sums or any(not torch.isfinite(t).all() for t in sums.values()):
                 raise ValueError("it holds no samples, or values that are not finite")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is damaged, or holds no statistics: {show(str(error))}") from None
@@ -125,13 +134,22 @@ def merge(shards: Iterable[Statistics]) -> Statistics:
     parts = list(shards)
     if not parts:
         raise ValueError("there are no statistics to merge")
-    whole = Statistics(parts[0].method, parts[0].settings, record={"merged": len(parts)})
+    whole = Statistics(parts[0].method, parts[0].settings)
     for part in parts:
         part.check(whole.method, whole.settings)
         whole.add(part.sums, part.samples)
-    seconds = [part.record["seconds"] for part in parts if "seconds" in part.record]
-    whole.record["seconds"] = round(sum(seconds), 1)
+    whole.record = {
+        **parts[0].record,
+        "merged": len(parts),
+        "seconds": round(sum(part.record.get("seconds", 0.0) for part in parts), 2),
+        "memory": {**peak(*(part.record.get("memory", {}) for part in parts)), "statistics": whole.bytes},
+    }
     return whole
+
+
+def peak(*memories: Mapping[str, int]) -> dict[str, int]:
+    """The largest of every figure."""
+    return {name: max(memory.get(name, 0) for memory in memories) for one in memories for name in one}
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache import enable
 from ..recipe import Recipe
-from .setup import Setup, draw
+from .setup import Setup, check_uncached, draw
 
 
 class Trial:
@@ -21,15 +21,21 @@ class Trial:
         setup: how the samples are drawn.
         samples: their numbers.
         batch: how many are drawn at once.
+
+    Raises:
+        ValueError: a cache is on.
     """
 
     def __init__(self, pipe: Any, setup: Setup, samples: Sequence[int], batch: int = 16) -> None:
+        check_uncached(pipe)
         self.pipe, self.setup = pipe, setup
         self.parts = [samples[n : n + batch] for n in range(0, len(samples), batch)]
         self.reference = self._draw()
 
     def _draw(self) -> Tensor:
-        return torch.cat([draw(self.pipe, self.setup, part) for part in self.parts]).double().cpu()
+        # some pipelines give arrays for whatever output type
+        parts = [torch.as_tensor(draw(self.pipe, self.setup, part)) for part in self.parts]
+        return torch.cat(parts).double().cpu()
 
     def error(self, recipe: Recipe) -> float:
         """Mean squared error of the recipe's pictures."""

@@ -43,6 +43,14 @@ class LowRankIncrement(Fill):
         return {name.rpartition("/")[0] for name in self.factors}
 
     def keep(self, entry: Entry, value: Features, at: At) -> None:
+        a, b = (self.factors.get(f"{at.site.name}/{letter}") for letter in "AB")
+        if a is not None and b is not None and at.inputs is not None:
+            found, wanted = (value[0].shape[-1], at.inputs.shape[-1]), (a.shape[0], b.shape[1])
+            if found != wanted:
+                raise ValueError(
+                    f"the factors of {at.site.name!r} are for {wanted[0]} x {wanted[1]} channels (out x in); this "
+                    f"layer has {found[0]} x {found[1]}: calibrate for this model"
+                )
         entry.values, entry.steps, entry.inputs = [value], [at.step], at.inputs
 
     def fill(self, entry: Entry, at: At) -> Features:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
+
+import torch
 
 from ..parts import check_bool, check_number, show
 from ..tensors import Tensors
@@ -34,9 +37,18 @@ class Trend(Fill):
         check_bool("write_back", self.write_back)
         if not isinstance(self.trend, Tensors):
             object.__setattr__(self, "trend", Tensors(self.trend))
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in self.trend.items():
-            if not name.rpartition("@")[2].isdigit() or tensor.ndim != 2:
-                raise ValueError(f"a trend is named SITE@STEP and is [tokens, channels]; got {show(name)}")
+            if re.fullmatch(r".+@(0|[1-9][0-9]*)", name) is None or tensor.ndim != 2:
+                raise ValueError(
+                    f"a trend is named SITE@STEP and is [tokens, channels]; got {show(name)} {list(tensor.shape)}"
+                )
+            site, shape = name.rpartition("@")[0], tuple(tensor.shape)
+            if shapes.setdefault(site, shape) != shape:
+                raise ValueError(
+                    f"the trends of one site have one shape; {show(name)} is {list(shape)}, others are "
+                    f"{list(shapes[site])}"
+                )
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -60,7 +72,8 @@ class Trend(Fill):
         if name not in self.trend or (self.write_back and entry.steps[0] == at.step):
             return entry.values[0]
         first, *others = entry.values[0]
-        filled = (first * (1 + self.theta * self.trend.like(name, first)), *others)
+        # c + theta c E: in half precision 1 + theta E would be 1
+        filled = (torch.addcmul(first, first, self.trend.like(name, first), value=self.theta), *others)
         if self.write_back:
             entry.values, entry.steps = [filled], [at.step]
         return filled

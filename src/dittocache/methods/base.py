@@ -43,22 +43,22 @@ def read_router(source: Any) -> Tensors:
     """
     if isinstance(source, (str, Path)):
         source = read_file(source)
-        if "routers" in source:
+        if isinstance(source, Mapping) and "routers" in source:
             source = source["routers"]
         if not isinstance(source, Mapping):
             raise ValueError(f"a router's file holds tables by name; got {show(source)}")
         rows = {
             int(m.group(1)): value
             for name, value in source.items()
-            if (m := re.fullmatch(r"(?:.*\.)?(\d+)\.prob", name))
+            if isinstance(name, str) and (m := re.fullmatch(r"(?:.*\.)?([0-9]+)\.prob", name))
         }
         if rows:
-            missing = sorted(set(range(max(rows) + 1)) - set(rows))
-            lengths = {tuple(getattr(value, "shape", ())) for value in rows.values()}
-            if missing or len(lengths) > 1:
-                raise ValueError(
-                    f"damaged router: row {missing[0]} is missing" if missing else "damaged router: uneven rows"
-                )
+            missing = next((i for i in range(len(rows)) if i not in rows), None)
+            if missing is not None:
+                raise ValueError(f"damaged router: row {missing} is missing")
+            lengths = {tuple(value.shape) if isinstance(value, torch.Tensor) else () for value in rows.values()}
+            if len(lengths) > 1 or () in lengths:
+                raise ValueError(f"damaged router: its rows are of shapes {show(sorted(lengths))}, not of one")
             source = torch.stack([rows[i] for i in range(len(rows))]).float()
     return Tensors(source if isinstance(source, Mapping) else {"logits": source})
 
@@ -69,8 +69,11 @@ def read_file(path: str | Path) -> Mapping[str, Any]:
     Raises:
         ValueError: there is no such file, or it is neither, or damaged.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {str(path)!r}")
+    try:
+        if not Path(path).is_file():
+            raise ValueError(f"there is no file {show(str(path))}")
+    except OSError as error:
+        raise ValueError(f"there is no file {show(str(path))}: {error.strerror}") from None
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
@@ -78,5 +81,7 @@ def read_file(path: str | Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own words are long, and advise to load without its safeguards
+        listed = isinstance(error, (SafetensorError, OSError)) and str(error)
+        reason = str(error).splitlines()[0] if listed else "only tensors and plain containers are read"
         raise ValueError(f"{str(path)!r} is damaged, or not a file of tensors: {reason}") from None

@@ -10,7 +10,7 @@ from ..when import States
 
 @method(
     name="eb-cache",
-    title="FEB-Cache: Frequency-Guided Exposure Bias Reduction for Enhancing Diffusion Transformer Caching",
+    title="Exposure Bias Reduction for Enhancing Diffusion Transformer Feature Caching (later: FEB-Cache)",
     arxiv="2503.07120",
     bibtex="""@article{zou2025ebcache,
   title={Exposure Bias Reduction for Enhancing Diffusion Transformer Feature Caching},

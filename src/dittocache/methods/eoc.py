@@ -13,8 +13,7 @@ from .base import Interval, ReuseList, RouterLogits, Threshold, read_file, sched
     arxiv="2501.19243",
     bibtex="""@article{qiu2025eoc,
   title={Accelerating Diffusion Transformer via Error-Optimized Cache},
-  author={Qiu, Junxiang and Wang, Shuo and Lu, Jinda and Liu, Lin and Jiang, Houcheng and Zhu, Xingyu and
-    Hao, Yanbin},
+  author={Qiu, Junxiang and others},
   journal={arXiv preprint arXiv:2501.19243},
   year={2025}
 }""",
@@ -35,7 +34,7 @@ def eoc(
     """What is reused is scaled, element by element, with the calibrated trend of its feature: c (1 + theta E)."""
     if trend is None:
         raise ValueError("eoc needs a trend: calibrate it with `dittocache calibrate eoc`, or pass a file of one")
-    trend = read_file(trend) if isinstance(trend, (str, bytes)) or hasattr(trend, "__fspath__") else trend
+    trend = read_file(trend) if isinstance(trend, str) or hasattr(trend, "__fspath__") else trend
     return Recipe(
         where="module",
         when=schedule(interval, reuse_steps, router_logits, threshold),

@@ -14,11 +14,12 @@ SHIPPED = (3, 5, 7, 9, 11, 13, 15, 19)
     name="goc",
     title="Accelerating Diffusion Transformer via Gradient-Optimized Cache",
     arxiv="2503.05156",
-    bibtex="""@article{qiu2025goc,
+    bibtex="""@inproceedings{qiu2025goc,
   title={Accelerating Diffusion Transformer via Gradient-Optimized Cache},
   author={Qiu, Junxiang and Liu, Lin and Wang, Shuo and Lu, Jinda and Chen, Kezhou and Hao, Yanbin},
-  journal={arXiv preprint arXiv:2503.05156},
-  year={2025}
+  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year={2025},
+  note={arXiv:2503.05156}
 }""",
     settings={
         "DiT-XL/2 256, DDIM 20 steps, 25 % reused": {

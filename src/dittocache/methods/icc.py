@@ -19,6 +19,7 @@ from .base import read_file
     Decomposition},
   author={Chen, Zhiyuan and Li, Keyi and Jia, Yifan and Ye, Le and Ma, Yufei},
   booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  pages={18011--18020},
   year={2025},
   note={arXiv:2505.05829}
 }""",

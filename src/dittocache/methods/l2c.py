@@ -16,6 +16,8 @@ from .base import RouterLogits, Threshold, read_router
   title={Learning-to-Cache: Accelerating Diffusion Transformer via Layer Caching},
   author={Ma, Xinyin and Fang, Gongfan and Mi, Michael Bi and Wang, Xinchao},
   booktitle={Advances in Neural Information Processing Systems},
+  volume={37},
+  pages={133282--133304},
   year={2024},
   note={arXiv:2406.01733}
 }""",

@@ -45,7 +45,9 @@ def read(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             state = json.loads(header["state"])
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
     except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is damaged or foreign: {show(str(error))}; begin anew with --fresh") from None
+        raise ValueError(
+            f"{str(path)!r} is damaged or foreign: {show(str(error))}; begin anew with fresh (--fresh)"
+        ) from None
 
 
 def kept(
@@ -76,5 +78,5 @@ def same(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
         if saved.get(name) != plain.get(name):
             raise ValueError(
                 f"{str(path)!r} is of another training: {name} is {show(saved.get(name))} there, "
-                f"{show(plain.get(name))} here; begin anew with --fresh, or choose another folder"
+                f"{show(plain.get(name))} here; begin anew with fresh (--fresh), or choose another folder"
             )

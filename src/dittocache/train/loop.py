@@ -237,7 +237,7 @@ class Training:
             for name in ("iteration", "unchanged", "loss", "seconds"):
                 setattr(self, name, state[name])
         except KeyError as error:
-            raise ValueError(f"{str(path)!r} is damaged: {error} is missing; begin anew with --fresh") from None
+            raise ValueError(f"{str(path)!r} is damaged: {error} is missing; begin anew with fresh (--fresh)") from None
 
 
 def train(
@@ -252,7 +252,23 @@ def train(
     workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> Training:
-    """Trains a router; `path` is its checkpoint, which is taken up if there is one."""
+    """Trains a router for a network of one's own.
+
+    Args:
+        network, predict: see `Objective`; weights are frozen meanwhile, and everything is as it was afterwards.
+        walk: `steps.Pairs` of a scheduler, or U-ViT's `steps.OuterSteps`.
+        path: of the checkpoint, which is taken up if there is one; None: nothing is written.
+        config: what else must be the same in the checkpoint, such as the model and the data; JSON values.
+        workers: the processes; by default those that were started.
+        progress: called as progress(done, total, what is running), in the first process only.
+
+    Raises:
+        ValueError: settings that the walk cannot follow, a checkpoint that is damaged or of another training, or a loss
+            that is not finite.
+        ImportError: several processes, but no accelerate.
+    """
+    if settings.per_sample and not walk.per_sample:
+        raise ValueError(f"per_sample does not go with {type(walk).__name__}: a batch has one step there")
     workers = workers or Workers()
     device = next(network.parameters()).device
     with Objective(network, predict) as objective:

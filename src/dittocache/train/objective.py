@@ -162,7 +162,7 @@ class Objective:
         which = which.to(scores.device)
         recorded: list[tuple[Tensor, Tensor]] = []
 
-        with self.cache.run(MOST) as run, _closing(run):
+        with self.cache.run(MOST) as run, contextlib.closing(run):
 
             def forward(x: Tensor, t: Tensor) -> Tensor:
                 run.step(0 if run.step_index is None else run.step_index + 1)
@@ -189,15 +189,6 @@ class Objective:
         weight = 1.0 if weights is None else weights[rows].to(data)
         loss = (weight * data + penalty * kept).mean()
         return Terms(noisy, recorded, x, teacher, student, data, kept, loss)
-
-
-@contextlib.contextmanager
-def _closing(run: Any) -> Iterator[None]:
-    """Lets features go whenever the block ends."""
-    try:
-        yield
-    finally:
-        run.close()
 
 
 @contextlib.contextmanager

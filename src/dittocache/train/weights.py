@@ -29,10 +29,11 @@ def measured(
     settings: Settings,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Tensor:
-    """Weights of the squared errors of the router's rows, [rows] float64: mean 1 over those that are trained.
+    """Weights of the squared errors of the router's rows, [rows] float64: 0 for those that are not trained.
 
     For each of them, the cache step is reused as a whole, once in whole runs of the sampler with guidance and once in
-    the objective; the weight is the squared error of the final pictures over that of the prediction.
+    the objective; the weight is the squared error of the final pictures over that of the prediction. All are divided by
+    their geometric mean, so that a penalty means about the same as without weights.
 
     Args:
         setup: of the runs, of which `count` are drawn uncached, and again for every row.
@@ -59,4 +60,6 @@ def measured(
         found[row] = error / terms.data.double().mean().cpu().clamp(min=1e-30)
         if progress is not None:
             progress(n + 1, total, "weights of the steps")
-    return found / found[list(walk.trained)].mean().clamp(min=1e-30)
+    ones = found[list(walk.trained)]
+    scale = ones.clamp(min=1e-6 * float(ones.max())).log().mean().exp()
+    return found / scale if ones.any() else found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..parts import check_choice, check_int, check_ints, check_number
+from ..parts import check_choice, check_int, check_ints, check_number, show
 from ..plan import COMPUTE, REUSE, Site
 from ..tensors import Tensors
 from .base import When
@@ -42,7 +42,7 @@ class Router(When):
         rows: "index": row i of T = i-th step from the end; rows of odd i exist but are not read, steps of odd i are
             full, and with an odd T so is the first step, which has nothing to reuse. "outer": for second-order solvers
             that evaluate a start and a mid point (U-ViT): row r is the start point of outer step r, evaluation k = 2r;
-            mid points and r = 0 are full.
+            mid points and r = 0 are full, and so is what an odd T adds.
     """
 
     logits: Tensors
@@ -56,7 +56,8 @@ class Router(When):
         if not isinstance(self.logits, Tensors):
             object.__setattr__(self, "logits", Tensors(self.logits))
         if set(self.logits) != {"logits"} or self.logits["logits"].ndim != 2:
-            raise ValueError("a router is one table 'logits' [rows, sites]")
+            found = ", ".join(f"{show(name)} {list(table.shape)}" for name, table in self.logits.items())
+            raise ValueError(f"a router is one table 'logits' [rows, sites]; got {found[:80] or 'none'}")
 
     def fits(self, sites: Sequence[Site]) -> None:
         columns = self.logits["logits"].shape[1]
@@ -75,7 +76,7 @@ class Router(When):
         if self.rows == "index":
             row, read = num_steps - 1 - k, ((num_steps - 1 - k) % 2 == 0) & (k > 0)
         else:
-            row, read = k // 2, (k % 2 == 0) & (k > 0)
+            row, read = k // 2, (k % 2 == 0) & (k > 0) & (k // 2 < needed)
         table = np.full((num_steps, len(sites)), COMPUTE)
         table[read] = np.where(computed[row[read]], COMPUTE, REUSE)
         return table
