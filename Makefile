@@ -19,11 +19,11 @@ demo:  ## draw with and without caching, measure, write one page to look at
 	@.venv/bin/dittocache demo $(ARGS)
 
 test:  ## the tests that take seconds
-	$(setup) dev eval
+	$(setup) dev eval train
 	@$(run) -m pytest -m "not slow" $(ARGS)
 
 test-all:  ## every test
-	$(setup) dev eval
+	$(setup) dev eval train
 	@$(run) -m pytest $(ARGS)
 
 check:  ## lint, formatting, types
@@ -50,7 +50,7 @@ docs:  ## build the documentation into site/
 	@$(run) -m mkdocs build --strict $(ARGS)
 
 venv:  ## only set up .venv for development
-	$(setup) dev eval
+	$(setup) dev eval train
 
 clean:  ## remove caches and what was built
 	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,8 +3,8 @@
 Trains routers on the bundled model at three penalties (and seeds), then draws the same pictures with each, with 20
 random routers that remove as many entries of the same cache steps, with FORA-like alternation (whole cache steps
 reused, evenly spread, up to as many entries), and with the cheapest whole steps (those that do least harm on their own,
-measured on samples that are not drawn again). Fidelity is against the uncached pictures of the same seeds; none of them was used
-in training. The routers are kept in `results/routers/`, for `claims.py`.
+measured on samples that are not drawn again). Fidelity is against the uncached pictures of the same seeds; none of them
+was used in training. The routers are kept in `results/routers/`, for `claims.py`.
 
     python benchmarks/l2c_router.py                  # trains what is not there yet; about 45 minutes of one core
 """

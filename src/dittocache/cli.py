@@ -235,7 +235,10 @@ def sample(
     ] = None,
     param: Params = None,
     plan_out: Annotated[Path | None, typer.Option(help="Also draw what was computed: .png, .svg, .pdf.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 50,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Denoising steps.", show_default="50, or what the recipe was made for"),
+    ] = None,
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 for none.")] = 1.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the others count up.")] = 0,
     device: Device = "auto",
@@ -261,6 +264,7 @@ def sample(
         pipe = _load(device)
         classes = pipe.get_label_ids(labels)
         cache = enable(pipe, method, **params) if method else None
+        steps = steps or (len(cache.recipe.made_for.get("timesteps", ())) if cache else 0) or 50
     with progress_bar("drawing") as progress:
         pipe_steps = _Steps(progress, steps)
         began = time.perf_counter()
@@ -331,7 +335,7 @@ def calibrate(
     shared_noise: Annotated[bool, typer.Option(help="Start every sample from the same noise.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     shard: Annotated[str | None, typer.Option(help="Draw only a share, such as 1/4, to be merged.")] = None,
-    merge: Annotated[list[Path] | None, typer.Option(help="Folder of a shard; draws nothing, adds them up.")] = None,
+    merge: Annotated[list[Path] | None, typer.Option(help="Folder of a shard; records nothing, adds them up.")] = None,
     parameters: Annotated[
         bool, typer.Option("--parameters", help="List the calibration's parameters and stop.")
     ] = False,
@@ -343,6 +347,8 @@ def calibrate(
     Ends with a folder that `dittocache.enable(pipe, FOLDER)` and `dittocache sample --method FOLDER` take. Statistics
     are written after every batch: the same command goes on where it was interrupted.
     """
+    from rich.markup import escape
+
     from . import calibrate as calibration
     from .calibrate import run
     from .evaluate.console import new_table, progress_bar, show
@@ -356,7 +362,7 @@ def calibrate(
                 return
             table = new_table("parameter", "default", "valid", "what it is")
             for p in known.values():
-                table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, p.help)
+                table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, escape(p.help))
             show(table)
             return
         if out is None:
@@ -376,7 +382,7 @@ def calibrate(
             with progress_bar("fitting") as progress:
                 progress(0, 1, method)
                 made = run.fit(pipe, calibrator, statistics, setup)
-            run.save(made, out)
+            made.save_pretrained(out)
     if as_json:
         _print_json({"out": str(out), "recipe": made.describe(), "provenance": dict(made.provenance)})
         return
@@ -486,6 +492,8 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the caching methods, or everything about one of them."""
+    from rich.markup import escape
+
     from . import methods as known
     from .evaluate.console import new_table, show
 
@@ -510,7 +518,7 @@ def methods(
     if method.parameters:
         table = new_table("parameter", "default", "valid", "what it is")
         for p in method.parameters.values():
-            table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, p.help)
+            table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, escape(p.help))
         show(table)
     for model, values in method.settings.items():
         show(f"Recommended for {model}: {', '.join(f'{k}={v}' for k, v in values.items())}")

@@ -156,6 +156,8 @@ class Recipe:
         data["provenance"] = {**_versions(), **self.provenance}
         if arrays:
             save_file(arrays, folder / ARRAYS)
+        else:
+            (folder / ARRAYS).unlink(missing_ok=True)  # those of a recipe that was here before
         (folder / FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         if push_to_hub:
             from huggingface_hub import HfApi
@@ -370,7 +372,8 @@ def parameter(name: str, hint: Any, default: Any) -> Parameter:
     optional, kind = _is_union(base), options[0]
     check: Callable[[Any], None]
     if isinstance(note, Ranks):
-        return Parameter(name, "ranks", default, help_text, "1 or more, or KIND: rank", lambda v: note.check(name, v))
+        valid = "1 or more, KIND: rank, or None"
+        return Parameter(name, "ranks", default, help_text, valid, lambda v: None if v is None else note.check(name, v))
     if isinstance(note, Data):
         return Parameter(name, "data", default, help_text, "tensors by name, or a file", lambda v: None)
     if isinstance(note, Steps):

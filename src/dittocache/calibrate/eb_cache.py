@@ -127,7 +127,9 @@ class _Live(When):
         return np.full((num_steps, len(sites)), OPEN)
 
     def decide(self, step: int, site: Site, args: tuple[Any, ...], memory: dict[str, Any]) -> Tensor:
-        computed = torch.tensor([STATES[n][0 if "attention" in site.kind else 1] for n in range(len(STATES))])
+        # a fused site holds both kinds: it is reused only where both are, as in `States`
+        parts = (0, 1) if site.kind == "fused" else (0,) if "attention" in site.kind else (1,)
+        computed = torch.tensor([any(STATES[n][part] for part in parts) for n in range(len(STATES))])
         rows = computed[self.states].reshape(-1)
         return rows.repeat(len(args[0]) // len(rows)).to(args[0].device)
 

@@ -73,25 +73,22 @@ class CalibrateEOC(Calibrator):
         size = {name: _size(t, statistics.sum(f"{name}#square") / count) for name, t in trend.items()}
         limit = float(torch.tensor(list(size.values()), dtype=torch.float64).quantile(self.size_quantile))
         stored = {name: t.to(PRECISIONS[self.precision]) for name, t in trend.items() if size[name] >= limit}
-        if self.judge == "trial":
-            stored = self._judged(stored, Trial(pipe, setup, statistics.samples[: self.trial_samples]))
-        return self._recipe(stored)
+        if self.judge == "none":
+            return self._recipe(stored)
+
+        def correcting(steps: set[int]) -> Recipe:
+            return self._recipe({name: t for name, t in stored.items() if _step(name) in steps})
+
+        trial = Trial(pipe, setup, statistics.samples[: self.trial_samples])
+        return correcting(trial.worth(map(_step, stored), correcting))
 
     def _recipe(self, trend: dict[str, Tensor]) -> Recipe:
         return recipe("eoc", trend=trend, theta=self.theta, **self._base())
 
-    def _judged(self, trend: dict[str, Tensor], trial: Trial) -> dict[str, Tensor]:
-        """The trends of those steps whose correction brings trial runs closer to the uncached pictures."""
-        by_step: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in trend.items():
-            by_step.setdefault(int(name.rpartition("@")[2]), {})[name] = tensor
-        kept: dict[str, Tensor] = {}
-        best = trial.error(self._recipe(kept))
-        for _, some in sorted(by_step.items()):
-            error = trial.error(self._recipe({**kept, **some}))
-            if error < best:
-                kept, best = {**kept, **some}, error
-        return kept
+
+def _step(name: str) -> int:
+    """The step of a trend's name, SITE@STEP."""
+    return int(name.rpartition("@")[2])
 
 
 def _size(trend: Tensor, square: Tensor) -> float:

@@ -36,8 +36,12 @@ class CalibrateICC(Calibrator):
         "weights of the channels: none, the size of activations, or of their change between steps",
     ] = "activation-svd"
     rank: Annotated[
-        int | dict[str, int], Ranks("rank of the factors: one for all, or by kind of layer (q, k, v, proj, fc1, fc2)")
-    ] = 128
+        int | dict[str, int] | None,
+        Ranks(
+            "rank of the factors: one for all, or by kind of layer (q, k, v, proj, fc1, fc2); None for a ninth of the "
+            "layer's, as the authors' 128 of 1152"
+        ),
+    ] = None
 
     @property
     def needs_samples(self) -> bool:
@@ -93,6 +97,8 @@ class CalibrateICC(Calibrator):
         return recipe("icc", period=self.period, factors=self.factors, factor_tensors=tensors)
 
     def _rank(self, entry: SiteModule) -> int:
+        if self.rank is None:
+            return max(1, round(min(_weight(entry).shape) / 9))
         return self.rank if isinstance(self.rank, int) else self.rank.get(entry.site.kind, 0)
 
     def _check_ranks(self, pipe: Any) -> list[SiteModule]:

@@ -15,7 +15,7 @@ import torch
 
 from ..evaluate.provenance import machine, versions
 from ..parts import check_int, check_ints, show
-from ..recipe import ARRAYS, FILE, Recipe
+from ..recipe import FILE, Recipe
 from .base import Calibrator, described, make
 from .setup import Setup, check_uncached, made_for
 from .statistics import FILE as STATISTICS
@@ -59,7 +59,7 @@ def calibrate(
     statistics = record(pipe, calibrator, samples, setup, out=out, batch=batch, progress=progress)
     found = fit(pipe, calibrator, statistics, setup)
     if out is not None:
-        save(found, out)
+        found.save_pretrained(out)
     return found
 
 
@@ -140,14 +140,8 @@ def merged(
     found = fit(pipe, calibrator, statistics, setup)
     if out is not None:
         statistics.save(out)
-        save(found, out)
+        found.save_pretrained(out)
     return found
-
-
-def save(made: Recipe, out: str | Path) -> None:
-    """Writes a recipe in place of one that was made of the same statistics."""
-    (Path(out) / ARRAYS).unlink(missing_ok=True)  # a recipe without tensors would leave those of the old one
-    made.save_pretrained(out)
 
 
 def shard(samples: int, text: str) -> list[int]:

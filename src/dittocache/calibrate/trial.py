@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,3 +41,18 @@ class Trial:
         """Mean squared error of the recipe's pictures."""
         with enable(self.pipe, recipe):
             return float((self._draw() - self.reference).square().mean())
+
+    def worth(self, steps: Iterable[int], correcting: Callable[[set[int]], Recipe]) -> set[int]:
+        """The steps whose correction brings the pictures closer, tried in order on top of those kept so far.
+
+        Args:
+            steps: candidates.
+            correcting: the recipe that corrects some steps only.
+        """
+        kept: set[int] = set()
+        best = self.error(correcting(kept))
+        for step in sorted(set(steps)):
+            error = self.error(correcting(kept | {step}))
+            if error < best:
+                kept, best = kept | {step}, error
+        return kept
