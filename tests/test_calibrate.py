@@ -492,7 +492,7 @@ class Interrupting(DDIMScheduler):
 
 
 LEFT = {"steps": 10**9}  # until the interruption
-PARAMS = {"eoc": {}, "goc": {}, "icc": {"rank": 4}, "eb-cache": {}}
+PARAMS = {"eoc": {}, "goc": {"judge": "cosine"}, "icc": {"rank": 4}, "eb-cache": {}}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -617,7 +617,7 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(pipe, method, tmp_path):
 def test_nothing_is_drawn_again_that_is_there(pipe, tmp_path):
     recorded(pipe, "goc", 4, out=tmp_path)
     pipe.transformer.register_forward_pre_hook(lambda *a: pytest.fail("drawn again"))
-    made = calibrate(pipe, "goc", 4, SETUP, out=tmp_path, limit=0.9, eta=0.5)  # neither is a setting of the statistics
+    made = calibrate(pipe, "goc", 4, SETUP, out=tmp_path, limit=0.9, eta=0.5, judge="cosine")  # neither is a setting of the statistics
     assert made.params["eta"] == 0.5 and made.provenance["samples"] == 4
     assert calibrate(pipe, "goc", [2, 1], SETUP, out=tmp_path).provenance["samples"] == 4
 
@@ -1035,7 +1035,7 @@ def test_sums_of_eoc_grow_with_reused_steps_only(pipe):
 # ---- recipes --------------------------------------------------------------------------------------------------------
 SOME = {
     "eoc": {"theta": 0.5, "precision": "float32"},
-    "goc": {"limit": -1.0},
+    "goc": {"limit": -1.0, "judge": "cosine"},
     "icc": {"rank": 4},
     "eb-cache": {"delta_low": 0.1, "delta_high": 0.3},
 }
@@ -1189,14 +1189,14 @@ def test_goc_corrects_reused_steps_with_a_cosine_above_the_limit(pipe):
     cosines = CALIBRATORS["goc"].cosines(statistics)
     found = []
     for limit in (-1.0, float(cosines[5]), float(cosines[3:].median()), 0.0, 1.0):
-        made = fit(pipe, make("goc", {"limit": limit, "eta": 0.7}), statistics, setup)
+        made = fit(pipe, make("goc", {"limit": limit, "eta": 0.7, "judge": "cosine"}), statistics, setup)
         assert made.fill.positions == tuple(k for k in (3, 5, 7, 9, 11) if float(cosines[k]) > limit)
         assert made.fill.eta == 0.7 and made.params["base"] == "static"
         found.append(made.fill.positions)
     assert found[0] == (3, 5, 7, 9, 11) and 5 not in found[1] and found[-1] == () and len(set(found)) > 2
     logits = torch.full((12, 6), 5.0)
     logits[[11 - 3, 11 - 7]] = -5.0  # the steps 3 and 7; on L2C both modules of a block must be reused
-    made = fit(pipe, make("goc", {"limit": -1.0, "router_logits": logits}), statistics, setup)
+    made = fit(pipe, make("goc", {"limit": -1.0, "router_logits": logits, "judge": "cosine"}), statistics, setup)
     assert made.fill.positions == (3, 7) and made.fill.require_both and made.fill.eta == 0.8
 
 
@@ -1377,3 +1377,27 @@ def test_the_command_takes_a_saved_pipeline(command, bundled_pipe, tmp_path):
     bundled_pipe.save_pretrained(tmp_path / "model")
     command("calibrate", "goc", "--samples", 1, "--steps", 3, "--model", "model", "--out", "out")
     assert dittocache.Recipe.from_pretrained(tmp_path / "out").method == "goc"
+
+
+# ---- choices by trial, and the default rank -------------------------------------------------------------------------
+def test_goc_s_positions_by_trial_are_those_that_bring_trials_closer(pipe):
+    setup = Setup(num_steps=8)
+    found = calibrate(pipe, "goc", 4, setup, eta=1.2, judge="trial", trial_samples=4, limit=-1.0)
+    trial = Trial(pipe, setup, range(4))
+
+    def error(steps):
+        return trial.error(dittocache.recipe("goc", eta=1.2, correct_steps=sorted(steps)))
+
+    kept, best = set(), error(set())
+    for step in (3, 5, 7):
+        if error({*kept, step}) < best:
+            kept, best = {*kept, step}, error({*kept, step})
+    assert set(found.fill.positions) == kept
+    assert error(kept) <= error({3, 5, 7})
+
+
+def test_icc_s_default_rank_is_a_ninth_of_the_layer_s(pipe):
+    found = calibrate(pipe, "icc", 0, Setup(num_steps=4), factors="svd")
+    for entry in dittocache.describe(pipe.transformer).linears:
+        full = min(entry.module.weight.shape)
+        assert found.fill.factors[f"{entry.site.name}/A"].shape[1] == max(1, round(full / 9))

@@ -37,7 +37,7 @@ class CalibrateGOC(Calibrator):
     router_logits: RouterLogits = None
     threshold: Threshold = 0.1
     limit: Annotated[float, Number(-1, 1, help="least mean cosine of two changes in a row at a corrected step")] = 0.0
-    judge: Annotated[Literal["cosine", "trial"], "by the limit alone, or also by trial runs"] = "cosine"
+    judge: Annotated[Literal["cosine", "trial"], "by the limit alone, or also by trial runs"] = "trial"
     trial_samples: Annotated[int, Int(1, help="calibration samples in every trial run")] = 16
 
     def _base(self) -> dict[str, Any]:

@@ -33,7 +33,8 @@ SHIPPED = (3, 5, 7, 9, 11, 13, 15, 19)
 )
 def goc(
     eta: Annotated[
-        float | None, Number(-float("inf"), help="strength of the correction; None for the authors' 1.2, on L2C 0.8")
+        float | None,
+        Number(-float("inf"), help="strength; None for the authors' 1.2 with a list of steps, and 0.8 on L2C or without"),
     ] = None,
     base: Annotated[Literal["static", "l2c"], "schedule: fixed steps, or L2C's router"] = "static",
     interval: Interval = 2,
@@ -50,7 +51,8 @@ def goc(
     """What is reused is extrapolated along the difference of the two newest features: F1 + eta (F1 - F2)."""
     if (base == "l2c") != (router_logits is not None):
         raise ValueError(f"base='l2c' and router_logits go together; got base={base!r}")
-    eta = eta if eta is not None else 0.8 if base == "l2c" else 1.2
+    # above 1, errors of stand-ins grow from correction to correction: not without a list that leaves steps out
+    eta = eta if eta is not None else 0.8 if base == "l2c" or correct_steps is None else 1.2
     return Recipe(
         where="module",
         when=schedule(interval, reuse_steps, router_logits, threshold),
