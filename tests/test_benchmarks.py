@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -25,7 +26,7 @@ def benchmarks(monkeypatch):
         yield
     torch.set_num_threads(threads)
     logging.getLogger("diffusers").setLevel(level)
-    for name in ("speed", "per_block_kind"):
+    for name in ("speed", "per_block_kind", "claims", "l2c_router"):
         sys.modules.pop(name, None)
 
 
@@ -86,3 +87,54 @@ def test_per_block_kind(benchmarks, tmp_path):
     per_block_kind.main([*args, "--out", str(out)])
     (comparison,) = json.loads(out.read_text(encoding="utf-8"))["comparisons"]
     assert len(comparison["settings"]) == 2 and all(pair["psnr_db"][0] > 0 for pair in comparison["settings"])
+
+
+def test_claims_bases(benchmarks):
+    import claims
+
+    import dittocache
+
+    for computed in (1, 7, 13, 20):
+        table = claims.even(computed, 20).when.table(20, dittocache.describe(tiny.dit()).sites)
+        assert table[0].all() and (table == 1).all(1).sum() == computed
+    assert claims.schedules(20)["25 %"] == (1, 3, 5, 7, 9)
+    assert {name: len(steps) for name, steps in claims.schedules(20).items()} == {"25 %": 5, "50 %": 10, "67 %": 13}
+
+
+@pytest.mark.slow
+def test_claims(benchmarks, tmp_path):
+    import claims
+
+    out = tmp_path / "claims.json"
+    args = ["--steps", "6", "--pictures", "4", "--samples", "2", "--routers", "--out", str(out)]
+    claims.main([*args, "--only", "goc"])
+    data = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["label"]: row for row in data["rows"]}
+    assert rows["GOC 50 %"]["base"]["label"] == "reuse 50 %" and out.with_suffix(".png").exists()
+    for row in rows.values():
+        low, high = row["psnr_interval"]
+        assert low <= row["psnr"] <= high
+        if "base" in row:  # the same compute or more
+            assert row["base"]["compute"] >= row["compute"] - 2e-3
+            assert row["fewer_steps"]["compute"] >= min(row["compute"], 5 / 6) - 2e-3
+    claims.main([*args, "--only", "eb-cache"])  # the other method's rows stay
+    again = {row["label"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert {"GOC 50 %", "EB table b 1"} <= again
+
+
+def test_routers_of_one_share(benchmarks):
+    import l2c_router
+
+    generator = np.random.default_rng(0)
+    mask = generator.random((10, 16)) < 0.3
+    recipe = l2c_router.router(mask)
+    logits = recipe.when.logits["logits"]
+    assert (l2c_router.removed(logits, recipe.when.threshold) == mask).all()
+    table = recipe.when.table(20, tiny.columns(16))
+    assert ((table[1::2] == 0) == mask).all() and table[0::2].all()  # k odd is i even
+    others = [*l2c_router.random_masks(mask, 3), l2c_router.alternation(mask), l2c_router.cheapest(mask, [*range(10)])]
+    assert all(other.sum() == mask.sum() and other.shape == mask.shape for other in others)
+    assert len({other.tobytes() for other in others}) == 5
+    assert l2c_router.cheapest(mask, [*range(10)])[0].all()
+    none = np.zeros((10, 16), dtype=bool)
+    assert not l2c_router.alternation(none).any() and not l2c_router.cheapest(none, [0.0] * 10).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -318,3 +319,25 @@ def test_bare_interfaces_are_no_answers():
     with pytest.raises(ValueError, match="which must be one of") as e:
         Recipe(when=Every(3), which=Which())
     assert "\n" not in str(e.value)
+
+
+def test_other_parameters_with_the_same_tensors():
+    """What is changed shows in words and files; tensors, provenance and made_for stay."""
+    for name, change, where in (
+        ("eoc", {"theta": 0.3}, lambda r: r.fill.theta == 0.3),
+        ("l2c", {"threshold": 0.9}, lambda r: r.when.threshold == 0.9),
+        ("icc", {"period": 4}, lambda r: r.when.interval == 4),
+        ("goc", {"eta": 0.5}, lambda r: r.fill.eta == 0.5),
+    ):
+        first = dataclasses.replace(recipe(name, **tiny.data_for(name)), provenance={"a": 1}, made_for={"model": "X"})
+        other = first.with_params(**change)
+        ((parameter, value),) = change.items()
+        assert where(other) and f"{parameter}={value}" in other.describe() and other.params[parameter] == value
+        assert other.provenance == {"a": 1} and other.made_for == {"model": "X"}
+        assert other.with_params(**{parameter: first.params[parameter]}) == first
+    on_l2c = recipe("eoc", **tiny.data_for("eoc"), router_logits=tiny.data_for("l2c")["router_logits"])
+    assert on_l2c.with_params(theta=0.5).when == on_l2c.when
+    with pytest.raises(ValueError, match="eoc has no parameter 'eta'"):
+        on_l2c.with_params(eta=0.5)
+    with pytest.raises(ValueError, match="only a method's recipe has parameters"):
+        RECIPES["mix"].with_params(interval=3)

@@ -421,7 +421,7 @@ def test_missing_and_damaged_data(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("num_steps", 8), ("learning_rate", 0.2), ("penalty", 0.5), ("hard", True), ("seed", 1), ("batch_size", 5)]
-    + [("guidance_scale", 2.0), ("samples", 7), ("threshold", 0.2)],
+    + [("guidance_scale", 2.0), ("samples", 7), ("label_dropout", 0.2)],
 )
 def test_a_checkpoint_of_another_training_is_refused(pipe, tmp_path, name, value):
     train_l2c(pipe, tmp_path, **FAST)

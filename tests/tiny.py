@@ -312,6 +312,17 @@ def site_outputs(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def columns(count: int) -> list[Any]:
+    """Made-up columns of a plan: attention and feed-forward of block after block."""
+    from dittocache.plan import Site
+
+    kinds = ("attention", "feed-forward")
+    return [
+        Site(f"blocks.{n // 2}.{kinds[n % 2]}", kinds[n % 2], "blocks", n // 2, count // 2, n // 2)
+        for n in range(count)
+    ]
+
+
 # ---- independent measurements ---------------------------------------------------------------------------------------
 # the layers that every site runs exactly once per computation
 _LEAF = {"attn": "to_q", "attn1": "to_q", "attn2": "to_q", "ff": "net.0.proj", "ff_context": "net.0.proj", "mlp": "fc1"}

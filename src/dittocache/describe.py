@@ -237,7 +237,9 @@ def _linears(entry: SiteModule, block: Block) -> Iterator[SiteModule]:
     """The single linear layers inside of a module, in order of definition; a fused site is one itself, and has none."""
     site = entry.site
     for name, child in entry.module.named_modules():
-        if isinstance(child, nn.Linear) and name:
+        if isinstance(child, nn.Linear) and name and "lora_" not in name:
+            # an adapter (peft) wraps a layer: what it adds is computed as before, around the kept part
+            name = name.replace(".base_layer", "")
             path = f"{entry.path}.{name}"
             of_block = f"{block.name}.{path}"
             linear = Site(of_block, ROLES.get(name, "linear"), site.stack, site.block, site.depth, site.order)

@@ -98,6 +98,20 @@ class Recipe:
         parts = (type(p).__name__ for p in (self.when, self.which, self.fill, self.fix) if p is not None)
         return f"{self.where}: {' + '.join(parts)}"
 
+    def with_params(self, **params: Any) -> Recipe:
+        """The same recipe with other parameters of its method, and with its own calibrated or learned tensors.
+
+        Raises:
+            ValueError: it is of no method, or the method has no such parameter or does not take the value.
+        """
+        if self.method not in methods():
+            raise ValueError(f"only a method's recipe has parameters; this one is {self.describe()!r}")
+        known = methods()[self.method]
+        held = {p.name: _held(self, p.held) for p in known.parameters.values() if p.held}
+        data = {name: value for name, value in held.items() if value is not None}
+        made = known(**{**self.params, **data, **params})
+        return dataclasses.replace(made, provenance=self.provenance, made_for=self.made_for)
+
     # ---- files ------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -203,6 +217,13 @@ class Recipe:
         return cls.from_dict(data)
 
 
+def _held(recipe: Recipe, path: str) -> Tensors | None:
+    """The tensors at a place of a recipe; None if that part has no such field."""
+    part, _, name = path.partition(".")
+    found = getattr(getattr(recipe, part), name, None)
+    return found if isinstance(found, Tensors) else None
+
+
 def _versions() -> dict[str, str]:
     """What a saved recipe was made with."""
     return {"dittocache": __version__, "diffusers": diffusers.__version__, "torch": str(torch.__version__)}
@@ -283,9 +304,13 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Data:
-    """Annotation of calibrated or learned tensors, or the file that holds them; the method's part checks them."""
+    """Annotation of calibrated or learned tensors, or the file that holds them; the method's part checks them.
+
+    `held` is where the recipe holds them, such as `fill.trend`.
+    """
 
     help: str = ""
+    held: str = ""
 
 
 @dataclass(frozen=True)
@@ -298,6 +323,7 @@ class Parameter:
     help: str
     valid: str
     check: Callable[[Any], None] = field(repr=False)
+    held: str = ""
 
 
 @dataclass(frozen=True)
@@ -375,7 +401,8 @@ def parameter(name: str, hint: Any, default: Any) -> Parameter:
         valid = "1 or more, KIND: rank, or None"
         return Parameter(name, "ranks", default, help_text, valid, lambda v: None if v is None else note.check(name, v))
     if isinstance(note, Data):
-        return Parameter(name, "data", default, help_text, "tensors by name, or a file", lambda v: None)
+        valid = "tensors by name, or a file"
+        return Parameter(name, "data", default, help_text, valid, lambda v: None, held=note.held)
     if isinstance(note, Steps):
         valid = f"whole numbers, {note.low} or more" if note.high is None else f"numbers {note.low} to {note.high}"
         type_name, check = "steps", lambda v: check_ints(name, v, note.low, note.high)

@@ -93,14 +93,14 @@ def low_rank_factors(
     if rank > min(out // parts, width):
         size = f"{out // parts} x {width}" + (f" ({parts} parts of {out} x {width})" if parts > 1 else "")
         raise ValueError(f"rank {rank} is too large for a linear layer of {size}: {min(out // parts, width)} at most")
-    matrix = weight.detach().double()
+    matrix = weight.detach().cpu().double()  # not every device has float64
     l, r = _scale("left", left, matrix[:, 0]), _scale("right", right, matrix[0])
     a, b = [], []
     for rows, scale in zip((l[:, None] * matrix * r).chunk(parts), l.chunk(parts), strict=True):
         u, s, vt = torch.linalg.svd(rows, full_matrices=False)
         a.append(u[:, :rank] * s[:rank] / scale[:, None])
         b.append(vt[:rank] / r)
-    return torch.block_diag(*a).float(), torch.cat(b).float()
+    return torch.block_diag(*a).float().to(weight.device), torch.cat(b).float().to(weight.device)
 
 
 def _scale(name: str, weights: Tensor | None, like: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class CalibrateEBCache(Calibrator):
                 halves = found.chunk(2)
                 yes, no = halves[conditional_half(pipe)], halves[1 - conditional_half(pipe)]
                 found = no + setup.guidance_scale * (yes - no)
-            size = found.flatten(1).double().norm(dim=1)
+            size = found.flatten(1).float().cpu().double().norm(dim=1)
             if not size.isfinite().all():
                 which = show(list(samples))
                 raise ValueError(

@@ -63,7 +63,7 @@ class CalibrateEOC(Calibrator):
             if old is not None and at.step in steps[at.site.name]:
                 name = f"{at.site.name}@{at.step}"
                 add(sums, name, (new.output.float() - old.output.float()).sum(0), torch.float32)
-                add(sums, f"{name}#square", new.output.double().square().sum())
+                add(sums, f"{name}#square", new.output.float().square().sum())
 
         return see
 

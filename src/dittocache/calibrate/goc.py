@@ -51,7 +51,7 @@ class CalibrateGOC(Calibrator):
         def see(at: At, new: Seen, old: Seen | None) -> None:
             if old is None:
                 return
-            change, before = (new.output - old.output).double(), changes.get(at.site.name)
+            change, before = new.output.float() - old.output.float(), changes.get(at.site.name)
             column = torch.zeros(2, at.num_steps, dtype=torch.float64)
             column[0, at.step] = 0.0 if before is None else float((change * before).sum())
             column[1, at.step] = float(change.square().sum())

@@ -94,7 +94,8 @@ class CalibrateICC(Calibrator):
                 right = channel_weights((statistics.sum(f"{name}/in") / count).float())
             a, b = low_rank_factors(weight, left, right, self._rank(entry), parts=parts)
             tensors |= {f"{name}/A": a, f"{name}/B": b}
-        return recipe("icc", period=self.period, factors=self.factors, factor_tensors=tensors)
+        rank = self.rank if isinstance(self.rank, int) else None
+        return recipe("icc", period=self.period, factors=self.factors, rank=rank, factor_tensors=tensors)
 
     def _rank(self, entry: SiteModule) -> int:
         if self.rank is None:

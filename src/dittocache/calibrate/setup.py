@@ -81,12 +81,12 @@ def check_uncached(pipe: Any) -> None:
     """Raises a ValueError unless this is a pipeline without a cache."""
     for name in ("transformer", "scheduler"):
         if getattr(pipe, name, None) is None:
-            raise ValueError(f"calibration draws from a diffusers pipeline; {type(pipe).__name__} has no {name}")
+            raise ValueError(f"samples are drawn by a diffusers pipeline; {type(pipe).__name__} has no {name}")
     foreign = foreign_cache(pipe.transformer)
     if foreign is not None:
         raise ValueError(f"a diffusers cache is on ({foreign}): call transformer.disable_cache() first")
     if caches_on(pipe.transformer):
-        raise ValueError("a cache is on: calibration records uncached runs; call dittocache.disable first")
+        raise ValueError("a cache is on, but uncached runs are needed here: call dittocache.disable first")
 
 
 def classes(pipe: Any) -> int:
@@ -107,8 +107,9 @@ def conditional_half(pipe: Any) -> int:
 
 def draw(pipe: Any, setup: Setup, samples: Sequence[int], output_type: str = "pt") -> Any:
     """Draws some samples with whatever cache is on; pictures [n, channels, height, width] for output_type "pt"."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", message="dittocache:")  # everything is computed here, and is meant to be
+        torch.manual_seed(setup.seed + samples[0])  # some pipelines do not hand their generators on to the scheduler
         return pipe(
             **{takes(pipe): [setup.condition(pipe, j) for j in samples]},
             num_inference_steps=setup.num_steps,

@@ -35,7 +35,7 @@ class Trial:
     def _draw(self) -> Tensor:
         # some pipelines give arrays for whatever output type
         parts = [torch.as_tensor(draw(self.pipe, self.setup, part)) for part in self.parts]
-        return torch.cat(parts).double().cpu()
+        return torch.cat(parts).cpu().double()
 
     def error(self, recipe: Recipe) -> float:
         """Mean squared error of the recipe's pictures."""

@@ -19,8 +19,8 @@ class GradientQueue(Fill):
         eta: strength of the correction.
         positions: steps k that are corrected; None corrects every reused step.
         require_both: correct only where all sites of the block are reused in the step.
-        computed_only: keep the last two *computed* outputs instead (an extension: with longer runs of reused steps the
-            authors' queue holds two equal outputs, and corrects nothing).
+        computed_only: keep the last two *computed* outputs instead (an extension: in longer runs of reused steps the
+            authors' queue goes on along its own corrections, or, after a step without one, holds two equal outputs).
     """
 
     eta: float = 1.2

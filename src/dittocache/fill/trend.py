@@ -72,7 +72,7 @@ class Trend(Fill):
         if name not in self.trend or (self.write_back and entry.steps[0] == at.step):
             return entry.values[0]
         first, *others = entry.values[0]
-        # c + theta c E: in half precision 1 + theta E would be 1
+        # c + theta c E in one rounding: 1 + theta E would be 1 in half precision
         filled = (torch.addcmul(first, first, self.trend.like(name, first), value=self.theta), *others)
         if self.write_back:
             entry.values, entry.steps = [filled], [at.step]

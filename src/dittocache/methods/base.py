@@ -21,13 +21,15 @@ from ..when import Every, ReuseSteps, Router, When
 Interval = Annotated[int, Int(1, help="every interval-th step is computed, the first one included")]
 ReuseList = Annotated[tuple[int, ...] | None, Steps(1, help="steps that are reused, instead of an interval")]
 Threshold = Annotated[float, Number(0, 1, help="theta: a site is computed iff sigmoid(score) > theta")]
-RouterLogits = Annotated[Any, Data("L2C's learned scores [steps, sites], or a file of them (the authors' as well)")]
+RouterLogits = Annotated[
+    Any, Data("L2C's learned scores [steps, sites], or a file of them (the authors' as well)", held="when.logits")
+]
 
 
-def schedule(interval: int, reuse_steps: Any, router_logits: Any, threshold: float, rows: str = "index") -> When:
+def schedule(interval: int, reuse_steps: Any, router_logits: Any, threshold: float) -> When:
     """The base schedule: L2C's router if there is one, else listed steps, else every interval-th step."""
     if router_logits is not None:
-        return Router(read_router(router_logits), threshold, rows)
+        return Router(read_router(router_logits), threshold)
     return Every(interval, anchor="start") if reuse_steps is None else ReuseSteps(reuse_steps)
 
 

@@ -22,7 +22,7 @@ from .base import Interval, ReuseList, RouterLogits, Threshold, read_file, sched
 )
 def eoc(
     trend: Annotated[
-        Any, Data("SITE@STEP -> [tokens, channels], mean feature of a step minus that of the last")
+        Any, Data("SITE@STEP -> [tokens, channels], mean feature of a step minus that of the last", held="fill.trend")
     ] = None,
     theta: Annotated[float, Number(-float("inf"), help="strength of the correction")] = 0.01,
     interval: Interval = 2,

@@ -34,7 +34,7 @@ SHIPPED = (3, 5, 7, 9, 11, 13, 15, 19)
 def goc(
     eta: Annotated[
         float | None,
-        Number(-float("inf"), help="strength; None for the authors' 1.2 with a list of steps, and 0.8 on L2C or without"),
+        Number(-float("inf"), help="strength; None for the authors' 1.2 with a list, 0.8 on L2C or without one"),
     ] = None,
     base: Annotated[Literal["static", "l2c"], "schedule: fixed steps, or L2C's router"] = "static",
     interval: Interval = 2,

@@ -33,8 +33,10 @@ def icc(
         "how the low-rank factors were made: from the weights alone, or weighted by channel with the size of "
         "activations, or of their change between steps; reuse for none",
     ] = "activation-svd",
-    rank: Annotated[int | None, Int(1, help="largest rank of the factors, for the record")] = None,
-    factor_tensors: Annotated[Any, Data("SITE/A -> [out, rank] and SITE/B -> [rank, in] of every linear layer")] = None,
+    rank: Annotated[int | None, Int(1, help="of the factors, for the record; another one is refused")] = None,
+    factor_tensors: Annotated[
+        Any, Data("SITE/A -> [out, rank] and SITE/B -> [rank, in] of every linear layer", held="fill.factors")
+    ] = None,
 ) -> Recipe:
     """A reused linear layer adds a low-rank map of its input's change: y_c + A B (x - x_c); attention is computed."""
     when = Every(period, anchor="start")
@@ -46,7 +48,7 @@ def icc(
         )
     path = isinstance(factor_tensors, str) or hasattr(factor_tensors, "__fspath__")
     tensors = Tensors(read_file(factor_tensors) if path else factor_tensors)
-    found = max((t.shape[-1] for name, t in tensors.items() if name.endswith("/A") and t.ndim), default=0)
-    if rank is not None and rank != found:
-        raise ValueError(f"rank is {rank}, but the largest of the factor_tensors is {found}")
+    found = {t.shape[-1] for name, t in tensors.items() if name.endswith("/A") and t.ndim}
+    if rank is not None and not found & {rank, 3 * rank}:  # a fused qkv holds three
+        raise ValueError(f"rank is {rank}, but the factor_tensors have {', '.join(map(str, sorted(found)))}")
     return Recipe(where="linear", when=when, fill=LowRankIncrement(tensors))

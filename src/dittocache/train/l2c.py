@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import origin
-from ..calibrate.setup import Setup
-from ..hooks import caches_on
+from ..calibrate.setup import Setup, check_uncached
 from ..parts import check_int, show
 from ..recipe import ARRAYS, FILE, Recipe, recipe
 from . import checkpoint
@@ -83,8 +83,9 @@ def train_l2c(
     if network is None or scheduler is None:
         raise ValueError(f"train_l2c needs a pipeline with a transformer and a scheduler; got {show(type(pipe))}")
     predict, null = class_conditional(network)
-    if caches_on(network):
-        raise ValueError("a cache is on: call dittocache.disable(pipe) before training")
+    if network.dtype == torch.float16:
+        raise ValueError("small errors have no gradient in float16: train in float32 or bfloat16")
+    check_uncached(pipe)
     walk = Pairs.of(scheduler, num_steps)
     setup = Setup(num_steps, guidance_scale, samples_of.FIRST_SEED + chosen.seed)
     config = network.config

@@ -72,7 +72,8 @@ class Settings:
 
     def fixed(self) -> dict[str, Any]:
         """What a training that goes on must share with the one that stopped."""
-        return {k: v for k, v in asdict(self).items() if k not in ("iterations", "patience", "checkpoint_every")}
+        free = {"iterations", "patience", "checkpoint_every"} | (set() if self.hard else {"threshold"})
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 class Data(NamedTuple):
@@ -82,6 +83,7 @@ class Data(NamedTuple):
         x0: clean samples in the network's space [n, ...].
         conditions: labels, or whatever `predict` takes [n, ...].
         null: the condition that stands for none; None: conditions are never dropped.
+        weights: of the squared errors of each row [rows]; None for ones, as in the paper.
     """
 
     x0: Tensor

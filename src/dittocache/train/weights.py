@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,18 +45,19 @@ def measured(
         with Objective(network, predict) as objective:
             which = torch.randint(len(data.x0), (count,), generator=random)
             noise = torch.randn(count, *data.x0.shape[1:], generator=random).to(data.x0)
-            logits = torch.full((walk.rows, objective.columns), CERTAIN)
-            x0, conditions, device = data.x0[which], data.conditions[which], next(network.parameters()).device
-            x0, noise, conditions = x0.to(device), noise.to(device), conditions.to(device)
+            device = next(network.parameters()).device
+            logits = torch.full((walk.rows, objective.columns), CERTAIN, device=device)
+            x0, conditions = data.x0[which].to(device), data.conditions[which].to(device)
             with torch.no_grad():  # at threshold 1 everything is reused
                 rows = torch.full((count,), row)
-                terms = objective(walk, list(logits), rows, x0, noise, conditions, penalty=0.0, threshold=1.0)
+                terms = objective(
+                    walk, list(logits), rows, x0, noise.to(device), conditions, penalty=0.0, threshold=1.0
+                )
         logits[row] = -CERTAIN
-        with warnings.catch_warnings(), enable(pipe, recipe("l2c", router_logits=logits, threshold=0.5)):
-            warnings.filterwarnings("ignore", message="dittocache:")
+        with enable(pipe, recipe("l2c", router_logits=logits, threshold=0.5)):
             drawn = torch.from_numpy(draw(pipe, setup, range(count), "np"))
         error = (drawn - pictures).double().square().mean()
-        found[row] = error / terms.data.double().mean().cpu().clamp(min=1e-30)
+        found[row] = error / terms.data.cpu().double().mean().clamp(min=1e-30)
         if progress is not None:
             progress(n + 1, total, "weights of the steps")
     ones = found[list(walk.trained)]
