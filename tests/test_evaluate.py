@@ -169,6 +169,14 @@ def test_a_row_that_fewer_steps_beat_in_speed_and_closeness_has_lost():
     assert findings.gain(comparison(between, worse), between) == findings.gain(comparison(between), between)
 
 
+def test_a_faster_and_closer_number_of_steps_counts_in_place_of_a_slower_one():
+    """A row between the two is compared with the better; one that is slower than all of them with none."""
+    worse = result("33 steps", "fewer steps", 1.4, 20)  # comparison() has 2x and 4x
+    between, slower = result("GOC", "goc", 1.5, 60), result("GOC", "goc", 1.3, 60)
+    assert findings.gain(comparison(between, worse), between) == 60 - findings.fewer_steps_psnr(comparison(), 2.0)
+    assert findings.gain(comparison(slower, worse), slower) is None
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 def test_files_come_back_as_they_were(tmp_path):
     before = comparison(result("DuCa", "duca", 3, math.inf))
@@ -298,5 +306,5 @@ def test_compare_refuses_what_cannot_be_compared(bundled_pipe):
 def test_the_standard_rows_show_every_method_twice():
     rows = standard_rows(50)
     assert rows[0] == uncached(50)
-    assert [r.steps for r in rows if r.method == FEWER_STEPS] == [33, 25, 17, 13, 10]
+    assert [r.steps for r in rows if r.method == FEWER_STEPS] == [40, 33, 25, 17, 13, 10]
     assert [r.method for r in rows if r.recipe] == ["fora", "fora", "toca", "toca", "duca", "duca", "goc", "goc"]

@@ -121,7 +121,7 @@ def demo(
 ) -> None:
     """Draw the same pictures uncached, with fewer steps and with caching; measure; write one HTML page.
 
-    Takes a minute or two on two processor cores. The folder then holds index.html (open it in a browser; it loads
+    Takes two minutes or three on two processor cores. The folder then holds index.html (open it in a browser; it loads
     nothing from the network), comparison.json (all numbers) and pictures.safetensors (all pictures).
     """
     from .bundled.judge import load_judge

@@ -70,7 +70,7 @@ STANDARD_SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "duca": ("DuCa", {"interval": 2}, {"interval": 4}),
     "goc": ("GOC", {"interval": 2}, {"interval": 4, "eta": 0.5, "computed_only": True}),
 }
-STANDARD_SHARES = (0.66, 0.5, 0.34, 0.26, 0.2)  # of the steps, for the rows with fewer of them
+STANDARD_SHARES = (0.8, 0.66, 0.5, 0.34, 0.26, 0.2)  # of the steps, for the rows with fewer of them
 
 
 def standard_rows(steps: int = 50) -> list[Row]:

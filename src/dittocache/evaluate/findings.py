@@ -17,12 +17,14 @@ def fewer_steps_psnr(comparison: Comparison, speedup: float) -> float | None:
     """PSNR in dB that fewer steps reach at a measured speed-up: linear in log(speed-up) between the measured rows.
 
     Rows that another one beats in both speed and PSNR are left out: nobody would take them. (A number of steps that
-    divides the reference's shares its timesteps and may be both faster and closer than a larger one.) None outside the
-    measured range: nothing is extrapolated.
+    divides the reference's shares its timesteps and may be both faster and closer than a larger one, which then counts
+    in place of it.) None outside the measured range: nothing is extrapolated.
     """
     rows = _fewer_steps(comparison)
     line = sorted(a for a in rows if not any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in rows))
     x = math.log(speedup)
+    if line and min(rows)[0] <= x < line[0][0]:
+        return line[0][1]
     for (x0, y0), (x1, y1) in itertools.pairwise(line):
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
