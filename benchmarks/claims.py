@@ -210,11 +210,12 @@ def facts(pipe: Any, setup: Setup, samples: int) -> dict[str, Any]:
 def l2c_rows(pipe: Any, setup: Setup, folders: list[Path]) -> list[Row]:
     """Trained routers, as `benchmarks/l2c_router.py` leaves them; their base is plain reuse at the same compute."""
     rows = []
-    for n, folder in enumerate(folders, start=1):
+    for folder in folders:
+        n = folder.name.partition("-")[0]  # mild, medium, strong
         made = Recipe.from_pretrained(folder)
         if made.made_for and len(made.made_for["timesteps"]) != setup.num_steps:
             continue
-        rows.append(Row(f"L2C {n}", "l2c", made, base="even"))
+        rows.append(Row(f"L2C {n}", "l2c", made, base="even", paper=False))  # trained with weights of steps
         logits = made.when.logits["logits"]
         on = {"router_logits": logits, "threshold": made.when.threshold}
         goc = recipe("goc", base="l2c", **on)
@@ -379,19 +380,17 @@ def plot(data: dict[str, Any], path: Path) -> None:
             best = [max(p for c, p in group) for _, group in itertools.groupby(points, key=lambda x: round(x[0], 2))]
             xs = [x for x, _ in itertools.groupby(points, key=lambda x: round(x[0], 2))]
             axis.plot(xs, best, style, color=colour, label=label, linewidth=1.4)
-        for paper, colour, marker in ((True, "#d1495b", "o"), (False, "#edae49", "D")):
-            chosen = [r for r in rows if r["method"] == method and r["paper"] is paper and "base" in r]
+        here = [r for r in rows if r["method"] == method and "base" in r]
+        stacked = [r for r in here if "L2C" in r["label"] and method != "l2c"]
+        kinds = (
+            ("paper's parameters", "#d1495b", "o", [r for r in here if r["paper"] and r not in stacked]),
+            ("other parameters", "#edae49", "D", [r for r in here if not r["paper"] and r not in stacked]),
+            ("on top of L2C", "#30888a", "^", stacked),
+        )
+        for label, colour, marker, chosen in kinds:
+            style = {"color": colour, "label": label, "markersize": 6, "markeredgecolor": "white", "linestyle": ""}
             if chosen:
-                axis.plot(
-                    [r["compute"] for r in chosen],
-                    [r["psnr"] for r in chosen],
-                    marker,
-                    color=colour,
-                    markersize=6,
-                    markeredgecolor="white",
-                    label="paper's parameters" if paper else "other parameters",
-                    linestyle="",
-                )
+                axis.plot([r["compute"] for r in chosen], [r["psnr"] for r in chosen], marker, **style)
         axis.set_title({"eb-cache": "EB-Cache"}.get(method, method.upper()), fontsize=11)
         axis.set_xlabel("compute (share of FLOPs)")
         axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
