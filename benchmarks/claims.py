@@ -42,6 +42,7 @@ from dittocache.when import ReuseSteps
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 400
+ROUTERS = [RESULTS / "routers" / f"{name}-seed0" for name in ("mild", "medium", "strong")]
 METHODS = ("l2c", "eoc", "goc", "icc", "eb-cache")
 
 
@@ -414,7 +415,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=50_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--routers", nargs="*", type=Path, default=sorted((RESULTS / "routers").glob("*")))
+    parser.add_argument("--routers", nargs="*", type=Path, default=ROUTERS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--draw", type=Path, help="only draw the plot and print the table of a result")
     options = parser.parse_args(argv)

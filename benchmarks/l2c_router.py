@@ -34,7 +34,14 @@ from dittocache.train import train_l2c
 RESULTS = Path(__file__).parent / "results"
 STEPS = 20
 # name -> penalty; the other settings are the same for all
-PENALTIES = {"mild": 2e-5, "medium": 4e-5, "strong": 1e-4}
+# name -> penalty, and settings that differ: without weights of steps the loss is the paper's
+LEVELS: dict[str, tuple[float, dict[str, Any]]] = {
+    "mild": (2e-5, {}),
+    "medium": (4e-5, {}),
+    "strong": (1e-4, {}),
+    "unweighted": (4e-5, {"weighted": 0}),
+    "unweighted-strong": (1.2e-4, {"weighted": 0}),
+}
 SETTINGS: dict[str, Any] = {
     "iterations": 150,
     "batch_size": 20,
@@ -120,16 +127,18 @@ def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
     return out
 
 
-def trained(pipe: Any, name: str, penalty: float, seed: int, work: Path) -> Recipe:
+def trained(pipe: Any, name: str, seed: int, work: Path) -> Recipe:
     """A router from `results/routers`, trained first if it is not there."""
-    kept = RESULTS / "routers" / f"{name}-seed{seed}"
+    kept, (penalty, changes) = RESULTS / "routers" / f"{name}-seed{seed}", LEVELS[name]
     if not (kept / "recipe.json").exists():
         folder = work / kept.name
         folder.mkdir(parents=True, exist_ok=True)
-        for other in work.glob(f"*-seed{seed}/[sw]*.safetensors"):  # samples and weights are the same for all penalties
+        for other in work.glob(
+            f"*-seed{seed}/[sw]*s.safetensors"
+        ):  # samples and weights are the same for all penalties
             if other.parent != folder:
                 shutil.copy(other, folder / other.name)
-        train_l2c(pipe, folder, num_steps=STEPS, penalty=penalty, seed=seed, **SETTINGS)
+        train_l2c(pipe, folder, num_steps=STEPS, penalty=penalty, seed=seed, **(SETTINGS | changes))
         kept.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("recipe.*"):
             shutil.copy(file, kept / file.name)
@@ -139,6 +148,7 @@ def trained(pipe: Any, name: str, penalty: float, seed: int, work: Path) -> Reci
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--pictures", type=int, default=108)
+    parser.add_argument("--levels", nargs="*", choices=LEVELS, default=list(LEVELS))
     parser.add_argument("--random", type=int, default=20, help="random routers at every share")
     parser.add_argument("--seeds", type=int, default=2, help="trained routers at every share")
     parser.add_argument("--batch", type=int, default=12)
@@ -155,7 +165,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     measured = Measured(pipe, Setup(num_steps=STEPS, seed=options.seed), options.pictures, options.batch)
     levels = []
-    total = len(PENALTIES) * (options.seeds + options.random + 2)
+    total = len(options.levels) * (options.seeds + options.random + 2)
     with tqdm(total=total, disable=None) as bar:
 
         def row(label: str, made: Recipe) -> dict[str, float]:
@@ -165,10 +175,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             return found
 
         harm = harms(pipe, 16)
-        for name in PENALTIES:
+        for name in options.levels:
             ours, masks = [], []
             for seed in range(options.seeds):
-                made = trained(pipe, name, PENALTIES[name], seed, options.work)
+                made = trained(pipe, name, seed, options.work)
                 masks.append(removed(made.when.logits["logits"], made.when.threshold))
                 ours.append(
                     row(f"{name} seed {seed}", made)
@@ -180,7 +190,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             levels.append(
                 {
                     "name": name,
-                    "penalty": PENALTIES[name],
+                    "penalty": LEVELS[name][0],
+                    "settings": SETTINGS | LEVELS[name][1],
                     "trained": ours,
                     "random": summary(others),
                     "alternation": row(f"{name} alternation", router(alternation(masks[0]))),
@@ -189,9 +200,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     "sites": masks[0].shape[1],
                 }
             )
+    if options.out.exists():  # levels that were not measured again stay
+        before = json.loads(options.out.read_text(encoding="utf-8"))
+        if (before["pictures"], before["seed"]) == (options.pictures, options.seed):
+            levels = [level for level in before["levels"] if level["name"] not in options.levels] + levels
     data = {
         "provenance": provenance(pipe, "glyphs", STEPS, measured.setup.guidance_scale, options.batch),
-        "settings": SETTINGS,
         "pictures": options.pictures,
         "seed": options.seed,
         "levels": levels,
@@ -210,7 +224,8 @@ def markdown(levels: list[dict[str, Any]]) -> str:
     for level in levels:
         random, other = level["random"], level["alternation"]
         for n, one in enumerate(level["trained"]):
-            lines.append(f"| {one['removed']:.1%} | trained, seed {n} | {one['frechet']:.3f} | {one['psnr']:.1f} |")
+            how = "trained" if level["settings"]["weighted"] else "trained with the paper's loss"
+            lines.append(f"| {one['removed']:.1%} | {how}, seed {n} | {one['frechet']:.3f} | {one['psnr']:.1f} |")
         f, p = random["frechet"], random["psnr"]
         spread = f"{f['mean']:.3f} ± {f['sd']:.3f} (best {f['least']:.3f}) | {p['mean']:.1f} ± {p['sd']:.1f}"
         lines.append(f"| {level['trained'][0]['removed']:.1%} | {random['routers']} random routers | {spread} |")

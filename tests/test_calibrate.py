@@ -973,9 +973,7 @@ def test_what_cannot_be_sampled_is_refused(pipe):
         neither = tiny.LoopPipeline(tiny.dit(), DDIMScheduler())
         with pytest.raises(ValueError, match=r"^LoopPipeline takes neither class_labels nor prompt[^\n]*$"):
             calibrate(neither, method, 2, SETUP, **PARAMS[method])
-        with pytest.raises(
-            ValueError, match=r"^samples are drawn by a diffusers pipeline; DiT\w+ has no transformer$"
-        ):
+        with pytest.raises(ValueError, match=r"^samples are drawn by a diffusers pipeline; DiT\w+ has no transformer$"):
             calibrate(tiny.dit(), method, 2, SETUP, **PARAMS[method])
     with pytest.raises(ValueError, match="class_labels contains 99"):
         calibrate(pipe, "goc", 2, settings_of(conditions=(99,)))
