@@ -373,9 +373,14 @@ def plot(data: dict[str, Any], path: Path) -> None:
 
     rows = data["rows"]
     methods = [m for m in METHODS if any(r["method"] == m and "base" in r for r in rows)]
-    figure, axes = plt.subplots(1, len(methods), figsize=(3.4 * len(methods), 3.6), sharey=True, squeeze=False)
+    across = min(3, len(methods))
+    down = -(-len(methods) // across)
+    figure, grid = plt.subplots(down, across, figsize=(3.4 * across, 3.5 * down), sharey=True, squeeze=False)
+    axes = grid.flatten()
+    for unused in axes[len(methods) :]:
+        unused.set_visible(False)
     curves = {"fewer steps": ("fewer steps", "#8a8f98", "-"), "reuse": ("plain reuse", "#4c78a8", "--")}
-    for axis, method in zip(axes[0], methods):
+    for axis, method in zip(axes, methods):
         for kind, (label, colour, style) in curves.items():
             points = sorted((r["compute"], r["psnr"]) for r in rows if r["method"] == kind and r["compute"] < 0.999)
             best = [max(p for c, p in group) for _, group in itertools.groupby(points, key=lambda x: round(x[0], 2))]
@@ -400,7 +405,8 @@ def plot(data: dict[str, Any], path: Path) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
         axis.legend(fontsize=7.5, frameon=False, loc="upper left")
-    axes[0][0].set_ylabel("PSNR against uncached, dB")
+    for first in grid[:, 0]:
+        first.set_ylabel("PSNR against uncached, dB")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
