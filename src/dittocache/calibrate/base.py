@@ -16,6 +16,7 @@ from torch import Tensor
 from ..cache import enable, wanted
 from ..describe import describe
 from ..fill import At, Entry, Fill
+from ..methods.base import Interval, ReuseList, RouterLogits, Threshold, schedule
 from ..parts import jsonable, plain
 from ..plan import REUSE
 from ..recipe import Parameter, Recipe, parameter
@@ -54,7 +55,8 @@ class Calibrator:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        CALIBRATORS[cls.method] = cls
+        if "method" in vars(cls):
+            CALIBRATORS[cls.method] = cls
 
     @classmethod
     def parameters(cls) -> dict[str, Parameter]:
@@ -91,6 +93,29 @@ class Calibrator:
     def fit(self, statistics: Statistics, pipe: Any, setup: Setup) -> Recipe:
         """The recipe that the statistics give."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class OnSchedule(Calibrator):
+    """A calibration for corrections on top of a schedule: every interval-th step, a list of steps, or L2C's router."""
+
+    interval: Interval = 2
+    reuse_steps: ReuseList = None
+    router_logits: RouterLogits = None
+    threshold: Threshold = 0.1
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The parameters that the schedule is made of."""
+        return {name: getattr(self, name) for name in ("interval", "reuse_steps", "router_logits", "threshold")}
+
+    @property
+    def when(self) -> When:
+        return schedule(**self.schedule)
+
+    def reused(self, pipe: Any, num_steps: int) -> dict[str, list[int]]:
+        """Site -> the steps at which the schedule reuses it; errors as in `reused`."""
+        return reused(self.when, pipe, num_steps)
 
 
 class Recorder(Fill):

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..fill import At
-from ..methods.base import Interval, ReuseList, RouterLogits, Threshold, schedule
 from ..recipe import Int, Number, Recipe, recipe
 from ..when import Router
-from .base import Calibrator, See, Seen, add, digest, reused
+from .base import OnSchedule, See, Seen, add, digest
 from .setup import Setup, timesteps
 from .statistics import Statistics
 from .trial import Trial
@@ -21,7 +20,7 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 
 
 @dataclass(frozen=True)
-class CalibrateEOC(Calibrator):
+class CalibrateEOC(OnSchedule):
     """Sums the change of every module's output since the step before, at the steps that the schedule reuses.
 
     The judgment table M of the abstract ("decide which caching steps are worth correcting") is not public; `judge`
@@ -34,10 +33,6 @@ class CalibrateEOC(Calibrator):
     method = "eoc"
 
     theta: Annotated[float, Number(-float("inf"), help="strength of the correction")] = 0.01
-    interval: Interval = 2
-    reuse_steps: ReuseList = None
-    router_logits: RouterLogits = None
-    threshold: Threshold = 0.1
     judge: Annotated[
         Literal["none", "trial"], "correct everything, or only the steps that trial runs show to be worth it"
     ] = "none"
@@ -47,17 +42,15 @@ class CalibrateEOC(Calibrator):
     trial_samples: Annotated[int, Int(1, help="calibration samples in every trial run")] = 16
     precision: Annotated[Literal["float32", "float16", "bfloat16"], "how trends are stored"] = "float16"
 
-    def _base(self) -> dict[str, Any]:
-        names = ("interval", "reuse_steps", "router_logits", "threshold")
-        return {name: getattr(self, name) for name in names}
-
     def settings(self) -> dict[str, Any]:
-        when = schedule(**self._base())
-        router = digest(when.logits["logits"]) if isinstance(when, Router) else None
-        return {**self._base(), "router_logits": router}  # the schedule decides which trends are summed
+        """What the schedule is made of: it decides which trends are summed."""
+        when = self.when
+        if isinstance(when, Router):
+            return {"router_logits": digest(when.logits["logits"]), "threshold": self.threshold}
+        return {"interval": self.interval} if self.reuse_steps is None else {"reuse_steps": list(self.reuse_steps)}
 
     def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:
-        steps = reused(schedule(**self._base()), pipe, len(timesteps(pipe, setup)))
+        steps = self.reused(pipe, len(timesteps(pipe, setup)))
 
         def see(at: At, new: Seen, old: Seen | None) -> None:
             if old is not None and at.step in steps[at.site.name]:
@@ -83,7 +76,7 @@ class CalibrateEOC(Calibrator):
         return correcting(trial.worth(map(_step, stored), correcting))
 
     def _recipe(self, trend: dict[str, Tensor]) -> Recipe:
-        return recipe("eoc", trend=trend, theta=self.theta, **self._base())
+        return recipe("eoc", trend=trend, theta=self.theta, **self.schedule)
 
 
 def _step(name: str) -> int:

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from ..fill import At
-from ..methods.base import Interval, ReuseList, RouterLogits, Threshold, schedule
 from ..recipe import Int, Number, Recipe, recipe
-from .base import Calibrator, See, Seen, add, reused
+from .base import OnSchedule, See, Seen, add
 from .setup import Setup, timesteps
 from .statistics import Statistics
 from .trial import Trial
 
 
 @dataclass(frozen=True)
-class CalibrateGOC(Calibrator):
+class CalibrateGOC(OnSchedule):
     """Finds GOC's position list P; the authors' own detector is not public, this one is ours.
 
     Recorded are, for every site and step, the inner product of a feature's last two changes, and the square of the
@@ -32,20 +31,12 @@ class CalibrateGOC(Calibrator):
     method = "goc"
 
     eta: Annotated[float | None, Number(-float("inf"), help="strength; None for the authors' 1.2, on L2C 0.8")] = None
-    interval: Interval = 2
-    reuse_steps: ReuseList = None
-    router_logits: RouterLogits = None
-    threshold: Threshold = 0.1
     limit: Annotated[float, Number(-1, 1, help="least mean cosine of two changes in a row at a corrected step")] = 0.0
     judge: Annotated[Literal["cosine", "trial"], "by the limit alone, or also by trial runs"] = "trial"
     trial_samples: Annotated[int, Int(1, help="calibration samples in every trial run")] = 16
 
-    def _base(self) -> dict[str, Any]:
-        names = ("interval", "reuse_steps", "router_logits", "threshold")
-        return {name: getattr(self, name) for name in names}
-
     def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:
-        reused(schedule(**self._base()), pipe, len(timesteps(pipe, setup)))  # refuses what does not go together
+        self.reused(pipe, len(timesteps(pipe, setup)))  # refuses what does not go together
         changes: dict[str, Tensor] = {}
 
         def see(at: At, new: Seen, old: Seen | None) -> None:
@@ -62,13 +53,13 @@ class CalibrateGOC(Calibrator):
 
     def fit(self, statistics: Statistics, pipe: Any, setup: Setup) -> Recipe:
         cosines = self.cosines(statistics)
-        table = reused(schedule(**self._base()), pipe, len(cosines))
+        table = self.reused(pipe, len(cosines))
         steps = {k for some in table.values() for k in some}
         positions = {k for k in steps if k > 1 and float(cosines[k]) > self.limit}
         base = "static" if self.router_logits is None else "l2c"
 
         def correcting(steps: set[int]) -> Recipe:
-            return recipe("goc", eta=self.eta, base=base, correct_steps=sorted(steps), **self._base())
+            return recipe("goc", eta=self.eta, base=base, correct_steps=sorted(steps), **self.schedule)
 
         if self.judge == "trial":
             trial = Trial(pipe, setup, statistics.samples[: self.trial_samples])
