@@ -54,7 +54,7 @@ class Forward:
         key = None if sample is None else (tuple(sample.shape), sample.dtype)
         run.cost_key = key
         if key is not None and key not in attachment.costs and attachment.measuring.acquire(blocking=False):
-            self.costs = [0.0] * len(attachment.description.columns)
+            self.costs = [0.0] * len(attachment.columns)
             self.counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
             self.counter.__enter__()
 
@@ -82,7 +82,7 @@ class Forward:
         if self.skipped.get(block.stack):
             return self._pass_by(block, original, args, kwargs)
         row = self.row
-        for j in (*block.sites, *block.linears):
+        for j in block.sites + block.linears if self.attachment.split else block.sites:
             if row[j] == OPEN and self.attachment.entry(j).mutes:
                 # the modules that feed a fused site come before it, so it is decided here
                 self._decide(j, self._entry(j), args, kwargs)
@@ -170,7 +170,7 @@ class Forward:
 
     def _decide(self, j: int, entry: Entry, args: Any, kwargs: Any) -> float | Tensor:
         """Asks the recipe's `when`; a tensor [batch] comes back only if its rows differ."""
-        site = self.attachment.description.columns[j]
+        site = self.attachment.columns[j]
         code = self.recipe.when.decide(self.step, site, args or (kwargs["hidden_states"],), entry.memory)
         if isinstance(code, Tensor):
             if site.kind not in ("stack", "fused") and self._ready(j) and code.any() and not code.all():
@@ -213,7 +213,7 @@ class Forward:
 
     def _share(self, j: int) -> float:
         """The share of tokens that the selector wants at a partial step; with none of them, all grow older."""
-        site, entry = self.attachment.description.columns[j], self._entry(j)
+        site, entry = self.attachment.columns[j], self._entry(j)
         tokens = entry.values[0][0].shape[1]
         share = self.recipe.which.count(site, self.step, self.run.num_steps, tokens) / tokens
         if share == REUSE:
@@ -297,7 +297,7 @@ class Forward:
         return False
 
     def _at(self, j: int, inputs: Tensor | None = None, together: bool = False) -> At:
-        return At(self.step, self.run.num_steps, self.attachment.description.columns[j], inputs, together)
+        return At(self.step, self.run.num_steps, self.attachment.columns[j], inputs, together)
 
     def _filled(self, j: int, inputs: Tensor | None = None, together: bool = False) -> tuple[Tensor, ...]:
         entry = self._entry(j)

@@ -36,6 +36,11 @@ class Attachment:
     def __init__(self, transformer: nn.Module, description: Description) -> None:
         self.transformer = weakref.ref(transformer)
         self.description = description
+        # asked at every site of every forward, so they are put together once
+        self.columns = description.columns
+        self.modules = dict(enumerate(description.entries))
+        self.modules |= dict(enumerate(description.linears, len(description.sites)))
+        self.split = False  # whether the single linear layers are hooked as well
         self.caches: list[Any] = []
         self.aliased: set[int] = set()
         self.costs = _costs.setdefault(transformer, {})
@@ -54,8 +59,7 @@ class Attachment:
         self.mates = {j: group for b in self.description.blocks for group in (b.sites, b.linears) for j in group}
 
     def entry(self, j: int) -> SiteModule:
-        modules = len(self.description.sites)
-        return self.description.entries[j] if j < modules else self.description.linears[j - modules]
+        return self.modules[j]
 
     def grid(self, sample: Tensor | None) -> tuple[int, int] | None:
         """(height, width) in tokens of an image-like input [batch, channels, height, width]; None if not known."""
@@ -78,10 +82,10 @@ class Attachment:
             self._hook(block.module, _BlockHook(self, block))
         self._forget_registries()
 
-    def split(self) -> None:
+    def split_up(self) -> None:
         """Hooks the single linear layers as well, and counts FLOPs anew: theirs were not told apart before."""
-        if "linears" not in self.observed:
-            self.observed.add("linears")
+        if not self.split:
+            self.split = True
             self.costs.clear()
             for j, entry in enumerate(self.description.linears, len(self.description.sites)):
                 self._hook(entry.module, _SiteHook(self, j))
@@ -209,7 +213,7 @@ def attach(transformer: nn.Module, cache: Any, description: Description) -> Atta
             if cache.recipe.which is not None:
                 attachment.observe(cache.recipe.which)
             if any(j >= len(description.sites) for j in cache.used):
-                attachment.split()
+                attachment.split_up()
         except BaseException:
             detach(transformer, cache)
             raise
