@@ -167,7 +167,8 @@ class Cache:
             fixed = self.fix(predicted)
         else:
             k = int((scheduler.timesteps - torch.as_tensor(timestep).to(scheduler.timesteps)).abs().argmin())
-            alpha, sigma = (level[k] for level in noise.levels(scheduler))
+            run.levels = run.levels or noise.levels(scheduler)
+            alpha, sigma = (level[k] for level in run.levels)
             if alpha == 0:  # nothing but noise: no prediction can tell it better
                 run.fixed = True
                 return prediction

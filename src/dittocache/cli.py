@@ -347,23 +347,19 @@ def calibrate(
     Ends with a folder that `dittocache.enable(pipe, FOLDER)` and `dittocache sample --method FOLDER` take. Statistics
     are written after every batch: the same command goes on where it was interrupted.
     """
-    from rich.markup import escape
-
     from . import calibrate as calibration
     from .calibrate import run
-    from .evaluate.console import new_table, progress_bar, show
+    from .evaluate.console import progress_bar
 
     with _usage_errors():
-        calibrator = calibration.make(method, _values(param))
+        values = _values(param)
+        calibrator = calibration.make(method, values)
         if parameters:
             known = type(calibrator).parameters()
             if as_json:
                 _print_json(_parameters_dict(known))
                 return
-            table = new_table("parameter", "default", "valid", "what it is")
-            for p in known.values():
-                table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, escape(p.help))
-            show(table)
+            _show_parameters(known)
             return
         if out is None:
             raise ValueError("--out is missing: the folder of the statistics and the recipe")
@@ -378,11 +374,7 @@ def calibrate(
         else:
             numbers = run.shard(samples, shard) if shard else samples
             with progress_bar("drawing") as progress:
-                statistics = run.record(pipe, calibrator, numbers, setup, out=out, batch=batch, progress=progress)
-            with progress_bar("fitting") as progress:
-                progress(0, 1, method)
-                made = run.fit(pipe, calibrator, statistics, setup)
-            made.save_pretrained(out)
+                made = run.calibrate(pipe, method, numbers, setup, out=out, batch=batch, progress=progress, **values)
     if as_json:
         _print_json({"out": str(out), "recipe": made.describe(), "provenance": dict(made.provenance)})
         return
@@ -492,8 +484,6 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the caching methods, or everything about one of them."""
-    from rich.markup import escape
-
     from . import methods as known
     from .evaluate.console import new_table, show
 
@@ -516,10 +506,7 @@ def methods(
     show(f"[bold]{method.name}[/bold]: {method.title}" + (f" (arXiv {method.arxiv})" if method.arxiv else ""))
     show(f"{method.summary}\nNeeds: {method.needs}.")
     if method.parameters:
-        table = new_table("parameter", "default", "valid", "what it is")
-        for p in method.parameters.values():
-            table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, escape(p.help))
-        show(table)
+        _show_parameters(method.parameters)
     for model, values in method.settings.items():
         show(f"Recommended for {model}: {', '.join(f'{k}={v}' for k, v in values.items())}")
     if method.bibtex:
@@ -754,6 +741,17 @@ def _values(texts: list[str] | None) -> dict[str, Any]:
 def _method_dict(method: Method) -> dict[str, Any]:
     names = ("name", "title", "arxiv", "needs", "summary", "settings", "bibtex")
     return {name: getattr(method, name) for name in names} | {"parameters": _parameters_dict(method.parameters)}
+
+
+def _show_parameters(parameters: dict[str, Parameter]) -> None:
+    from rich.markup import escape
+
+    from .evaluate.console import new_table, show
+
+    table = new_table("parameter", "default", "valid", "what it is")
+    for p in parameters.values():
+        table.add_row(f"[bold]{p.name}[/bold]", str(p.default), p.valid, escape(p.help))
+    show(table)
 
 
 def _parameters_dict(parameters: dict[str, Parameter]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from . import __version__, origin
 from .fill import Fill, Hold
 from .fix import Fix
-from .parts import answers, check_bool, check_choice, check_int, check_ints, check_number, jsonable, plain, show
+from .parts import Part, answers, check_bool, check_choice, check_int, check_ints, check_number, jsonable, plain, show
 from .plan import COMPUTE, REUSE, Plan
 from .tensors import Tensors
 from .when import Table, When
@@ -115,12 +115,17 @@ class Recipe:
     # ---- files ------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
+        return self._laid_out(lambda name, part: part.to_dict())
+
+    def _laid_out(self, write: Callable[[str, Part], Any]) -> dict[str, Any]:
+        """The entries of a saved recipe, its parts written by `write(name, part)`."""
+        parts = {name: getattr(self, name) for name in PARTS}
         return {
             "format": FORMAT,
             "method": self.method,
             "params": {k: jsonable(v) for k, v in self.params.items()},
             "where": self.where,
-            **{n: None if getattr(self, n) is None else getattr(self, n).to_dict() for n in PARTS},
+            **{name: None if part is None else write(name, part) for name, part in parts.items()},
             "provenance": copy.deepcopy(self.provenance),
             "made_for": copy.deepcopy(self.made_for),
         }
@@ -162,11 +167,7 @@ class Recipe:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, torch.Tensor] = {}
-        data: dict[str, Any] = {"format": FORMAT, "method": self.method, "params": self.params, "where": self.where}
-        for name in PARTS:
-            part = getattr(self, name)
-            data[name] = None if part is None else _set_aside(part.fields(), name, arrays)
-        data |= {"params": {k: jsonable(v) for k, v in self.params.items()}, "made_for": dict(self.made_for)}
+        data = self._laid_out(lambda name, part: _set_aside(part.fields(), name, arrays))
         data["provenance"] = {**_versions(), **self.provenance}
         if arrays:
             save_file(arrays, folder / ARRAYS)

@@ -47,6 +47,7 @@ class Run:
         self.halves = 1
         self.ended = False
         self.fixed = False  # whether a prediction was handed to the recipe's fix
+        self.levels: tuple[torch.Tensor, torch.Tensor] | None = None  # of noise, for a fix that must know them
         self.entries: dict[tuple[int, int, int], Entry] = {}
         self.shares = np.zeros((num_steps, len(self.sites)))
         self.calls = np.zeros((num_steps, len(self.sites)), dtype=np.int64)

@@ -114,8 +114,17 @@ class OnSchedule(Calibrator):
         return schedule(**self.schedule)
 
     def reused(self, pipe: Any, num_steps: int) -> dict[str, list[int]]:
-        """Site -> the steps at which the schedule reuses it; errors as in `reused`."""
-        return reused(self.when, pipe, num_steps)
+        """Site -> the steps at which the schedule reuses it.
+
+        Raises:
+            ValueError: the schedule is not one for this model or number of steps, or reuses nothing.
+        """
+        description = describe(pipe.transformer)
+        sites = [description.columns[j] for j in wanted(Recipe(when=self.when), description)]
+        table = self.when.table(num_steps, sites)
+        if not (table == REUSE).any():
+            raise ValueError(f"the schedule reuses nothing in {num_steps} steps: there is nothing to calibrate")
+        return {site.name: [int(k) for k in np.flatnonzero(table[:, n] == REUSE)] for n, site in enumerate(sites)}
 
 
 class Recorder(Fill):
@@ -160,24 +169,10 @@ def add(sums: dict[str, Tensor], name: str, value: Tensor, dtype: torch.dtype = 
         sums[name] = value.clone()
 
 
-def digest(tensor: Tensor) -> str:
-    """A short text that tells tensors apart."""
-    return hashlib.sha256(tensor.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def reused(when: When, pipe: Any, num_steps: int, where: str = "module") -> dict[str, list[int]]:
-    """Site -> the steps at which a schedule reuses it.
-
-    Raises:
-        ValueError: the schedule is not one for this model or number of steps, or reuses nothing.
-    """
-    description = describe(pipe.transformer)
-    used = wanted(Recipe(when=when, where=where), description)
-    sites = [description.columns[j] for j in used]
-    table = when.table(num_steps, sites)
-    if not (table == REUSE).any():
-        raise ValueError(f"the schedule reuses nothing in {num_steps} steps: there is nothing to calibrate")
-    return {site.name: [int(k) for k in np.flatnonzero(table[:, n] == REUSE)] for n, site in enumerate(sites)}
+def digest(*tensors: Tensor) -> str:
+    """A short text that tells tensors apart; of types that numpy has."""
+    values = b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors)
+    return hashlib.sha256(values).hexdigest()[:16]
 
 
 def make(method: str, params: Mapping[str, Any]) -> Calibrator:

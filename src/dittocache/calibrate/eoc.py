@@ -46,7 +46,7 @@ class CalibrateEOC(OnSchedule):
         """What the schedule is made of: it decides which trends are summed."""
         when = self.when
         if isinstance(when, Router):
-            return {"router_logits": digest(when.logits["logits"]), "threshold": self.threshold}
+            return {"router_logits": digest(when.logits["logits"].float()), "threshold": self.threshold}
         return {"interval": self.interval} if self.reuse_steps is None else {"reuse_steps": list(self.reuse_steps)}
 
     def watch(self, pipe: Any, setup: Setup, sums: dict[str, Tensor]) -> See:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from .setup import Setup, check_uncached, made_for
 from .statistics import FILE as STATISTICS
 from .statistics import Statistics, merge, peak
 
-Progress = Callable[[int, int, str], None]  # samples done, samples in all, what is done
+if TYPE_CHECKING:
+    from ..evaluate.compare import Progress
 
 
 def calibrate(
@@ -45,7 +46,7 @@ def calibrate(
         out: folder for the statistics and the recipe. Statistics are written after every batch, and what is there
             already is not recorded again.
         batch: samples drawn at once; statistics do not depend on it but for rounding.
-        progress: called after every batch.
+        progress: called after every batch as progress(samples done, samples in all, method).
         params: the method's calibration parameters.
 
     Returns:

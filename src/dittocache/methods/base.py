@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -65,7 +66,16 @@ def read_router(source: Any) -> Tensors:
     return Tensors(source if isinstance(source, Mapping) else {"logits": source})
 
 
-def read_file(path: str | Path) -> Mapping[str, Any]:
+def read_tensors(source: Any) -> Tensors:
+    """Tensors by name, from a mapping or from the file that holds one.
+
+    Raises:
+        ValueError: neither, or a damaged file.
+    """
+    return Tensors(read_file(source) if isinstance(source, (str, os.PathLike)) else source)
+
+
+def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """What a safetensors file or a torch zip holds; of the latter only tensors and plain containers.
 
     Raises:
@@ -73,9 +83,9 @@ def read_file(path: str | Path) -> Mapping[str, Any]:
     """
     try:
         if not Path(path).is_file():
-            raise ValueError(f"there is no file {show(str(path))}")
+            raise ValueError(f"there is no file {str(path)!r:.300}")
     except OSError as error:
-        raise ValueError(f"there is no file {show(str(path))}: {error.strerror}") from None
+        raise ValueError(f"there is no file {str(path)!r:.300}: {error.strerror}") from None
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from ..fill import Trend
 from ..recipe import Data, Number, Recipe, method
-from .base import Interval, ReuseList, RouterLogits, Threshold, read_file, schedule
+from .base import Interval, ReuseList, RouterLogits, Threshold, read_tensors, schedule
 
 
 @method(
@@ -34,9 +34,8 @@ def eoc(
     """What is reused is scaled, element by element, with the calibrated trend of its feature: c (1 + theta E)."""
     if trend is None:
         raise ValueError("eoc needs a trend: calibrate it with `dittocache calibrate eoc`, or pass a file of one")
-    trend = read_file(trend) if isinstance(trend, str) or hasattr(trend, "__fspath__") else trend
     return Recipe(
         where="module",
         when=schedule(interval, reuse_steps, router_logits, threshold),
-        fill=Trend(trend, theta, write_back),
+        fill=Trend(read_tensors(trend), theta, write_back),
     )

@@ -4,9 +4,8 @@ from typing import Annotated, Any, Literal
 
 from ..fill import Hold, LowRankIncrement
 from ..recipe import Data, Int, Recipe, method
-from ..tensors import Tensors
 from ..when import Every
-from .base import read_file
+from .base import read_tensors
 
 
 @method(
@@ -46,8 +45,7 @@ def icc(
         raise ValueError(
             "icc needs factor_tensors: calibrate them with `dittocache calibrate icc` (or factors='reuse')"
         )
-    path = isinstance(factor_tensors, str) or hasattr(factor_tensors, "__fspath__")
-    tensors = Tensors(read_file(factor_tensors) if path else factor_tensors)
+    tensors = read_tensors(factor_tensors)
     found = {t.shape[-1] for name, t in tensors.items() if name.endswith("/A") and t.ndim}
     if rank is not None and not found & {rank, 3 * rank}:  # a fused qkv holds three
         raise ValueError(f"rank is {rank}, but the factor_tensors have {', '.join(map(str, sorted(found)))}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,8 +13,10 @@ from torch import Tensor
 from ..calibrate.setup import Setup, draw
 from ..parts import show
 
+if TYPE_CHECKING:
+    from ..evaluate.compare import Progress
+
 CHUNK = 36  # samples drawn at once
-FIRST_SEED = 1_000_000  # evaluations, whose seeds count up from 0, see none of these samples
 
 
 def check(x0: Tensor, labels: Tensor, shape: tuple[int, ...], classes: int, source: str) -> None:
@@ -65,9 +66,7 @@ def network_space(pipe: Any, pictures: Tensor) -> Tensor:
     return ((encoded - shift) * vae.config.scaling_factor).float().cpu()
 
 
-def own(
-    pipe: Any, setup: Setup, count: int, progress: Callable[[int, int, str], None] | None = None
-) -> dict[str, Tensor]:
+def own(pipe: Any, setup: Setup, count: int, progress: Progress | None = None) -> dict[str, Tensor]:
     """x0 and labels of samples that the pipeline draws."""
     drawn = []
     for first in range(0, count, CHUNK):

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
+import functools
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import origin
+from ..calibrate.base import digest
 from ..calibrate.setup import Setup, check_uncached
 from ..parts import check_int, show
 from ..recipe import ARRAYS, FILE, Recipe, recipe
 from . import checkpoint
 from . import data as samples_of
-from .loop import Data, Progress, Settings, Training, train
+from .loop import Data, Settings, Training, train
 from .objective import class_conditional
 from .steps import Pairs
 from .weights import measured
 from .workers import Workers
+
+if TYPE_CHECKING:
+    from ..evaluate.compare import Progress
 
 FORM = "dittocache-training-data-1"
 CHECKPOINT, SAMPLES, WEIGHTS = "training.safetensors", "samples.safetensors", "weights.safetensors"
@@ -87,7 +90,7 @@ def train_l2c(
         raise ValueError("small errors have no gradient in float16: train in float32 or bfloat16")
     check_uncached(pipe)
     walk = Pairs.of(scheduler, num_steps)
-    setup = Setup(num_steps, guidance_scale, samples_of.FIRST_SEED + chosen.seed)
+    setup = Setup(num_steps, guidance_scale, Setup.seed + chosen.seed)
     config = network.config
     sides = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
     shape = (config.in_channels, *sides)
@@ -103,38 +106,26 @@ def train_l2c(
             (folder / name).unlink(missing_ok=True)
     workers.wait()
 
-    @contextlib.contextmanager
-    def in_turn() -> Iterator[None]:
-        """The first process makes what is kept in a file; then the others read it."""
+    facts = {**setup.to_dict(), **origin.made_for(network, scheduler)}
+
+    def kept(name: str, made_of: dict[str, Any], make: Callable[[], dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The tensors of a file: the first process makes it, then the others read it."""
         if workers.rank:
             workers.wait()
-        yield
+        found = checkpoint.kept(folder / name, FORM, {**made_of, **facts}, make, fresh and not workers.rank)
         if not workers.rank:
             workers.wait()
+        return found
 
-    facts = {**setup.to_dict(), **origin.made_for(network, scheduler)}
     if given is None:
-        with in_turn():
-            drawn = checkpoint.kept(
-                folder / SAMPLES,
-                FORM,
-                {"samples": samples, **facts},
-                lambda: samples_of.own(pipe, setup, samples, progress),
-                fresh and not workers.rank,
-            )
+        drawn = kept(SAMPLES, {"samples": samples}, lambda: samples_of.own(pipe, setup, samples, progress))
         given = drawn["x0"], drawn["labels"]
     training_data = Data(given[0].to(network.dtype), given[1], null)
-    source = {"data": "own samples" if data is None else Path(data).name, "digest": _digest(*given)}
+    source = {"data": "own samples" if data is None else Path(data).name, "digest": digest(given[0].float(), given[1])}
     if weighted:
-        with in_turn():
-            found = checkpoint.kept(
-                folder / WEIGHTS,
-                FORM,
-                {"weighted": weighted, "seed of training": chosen.seed, **source, **facts},
-                lambda: {"weights": measured(pipe, predict, walk, training_data, setup, weighted, chosen, progress)},
-                fresh and not workers.rank,
-            )
-        training_data = training_data._replace(weights=found["weights"])
+        measure = functools.partial(measured, pipe, predict, walk, training_data, setup, weighted, chosen, progress)
+        made_of = {"weighted": weighted, "seed of training": chosen.seed, **source}
+        training_data = training_data._replace(**kept(WEIGHTS, made_of, lambda: {"weights": measure()}))
     made_for = origin.made_for(network, scheduler, walk.timesteps.tolist())
     training = train(
         network,
@@ -184,9 +175,3 @@ def _check_folder(folder: Path) -> None:
     foreign = sorted(found - ours if CHECKPOINT in found else found - ours | found & {FILE, ARRAYS})
     if foreign:
         raise ValueError(f"{str(folder)!r} holds {foreign[0]!r}, which no training wrote: choose another folder")
-
-
-def _digest(x0: Tensor, labels: Tensor) -> str:
-    """What tells data from others."""
-    parts = (x0.float().contiguous().numpy().tobytes(), labels.contiguous().numpy().tobytes())
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from . import checkpoint
 from .objective import Objective, Predict, Walk
 from .workers import Workers
 
-Progress = Callable[[int, int, str], None]  # done, total, what is running
+if TYPE_CHECKING:
+    from ..evaluate.compare import Progress
+
 FORM = "dittocache-router-training-1"
 SMOOTH = 0.98  # share of the past in the loss that is shown
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..cache import enable
-from ..calibrate.setup import Setup, draw
+from ..calibrate.setup import Setup
+from ..calibrate.trial import Trial
 from ..recipe import recipe
 from .loop import Data, Settings, generator
 from .objective import Objective, Predict
 from .steps import Pairs
+
+if TYPE_CHECKING:
+    from ..evaluate.compare import Progress
 
 CERTAIN = 5.0  # a logit that decides
 
@@ -26,7 +28,7 @@ def measured(
     setup: Setup,
     count: int,
     settings: Settings,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Weights of the squared errors of the router's rows, [rows] float64: 0 for those that are not trained.
 
@@ -38,7 +40,7 @@ def measured(
         setup: of the runs, of which `count` are drawn uncached, and again for every row.
     """
     network, total = pipe.transformer, len(walk.trained)
-    pictures = torch.from_numpy(draw(pipe, setup, range(count), "np"))
+    trial = Trial(pipe, setup, range(count), batch=count)
     random = generator(settings.seed, 2)
     found = torch.zeros(walk.rows, dtype=torch.float64)
     for n, row in enumerate(walk.trained):
@@ -54,9 +56,7 @@ def measured(
                     walk, list(logits), rows, x0, noise.to(device), conditions, penalty=0.0, threshold=1.0
                 )
         logits[row] = -CERTAIN
-        with enable(pipe, recipe("l2c", router_logits=logits, threshold=0.5)):
-            drawn = torch.from_numpy(draw(pipe, setup, range(count), "np"))
-        error = (drawn - pictures).double().square().mean()
+        error = trial.error(recipe("l2c", router_logits=logits, threshold=0.5))
         found[row] = error / terms.data.cpu().double().mean().clamp(min=1e-30)
         if progress is not None:
             progress(n + 1, total, "weights of the steps")
