@@ -29,7 +29,7 @@ def test_sites_of_single_stream_models(name):
         for path, kind, tokenwise in parts
     ]
     (stack,) = found.stacks
-    assert (stack.name, stack.kind, stack.depth) == ("transformer_blocks", "stack", depth)
+    assert (stack.site.name, stack.site.kind, len(stack.blocks)) == ("transformer_blocks", "stack", depth)
     for entry in found.entries:
         assert model.get_submodule(entry.site.name) is entry.module
 
@@ -55,7 +55,7 @@ def test_sites_of_flux():
         *(f"transformer_blocks.{l}" for l in range(2)),
         *(f"single_transformer_blocks.{l}" for l in range(2)),
     ]
-    assert [(b.first, b.last) for b in found.blocks] == [(True, False), (False, True)] * 2
+    assert [stack.blocks for stack in found.stacks] == [(0, 1), (2, 3)]
 
 
 def test_it_prints_as_a_table_and_goes_to_json(model):

@@ -679,8 +679,8 @@ class Change(When):
             table[:, [site.kind != "stack" for site in sites]] = COMPUTE
         return table
 
-    def decide(self, step, site, args, memory):
-        x = args[0]
+    def decide(self, look, memory):
+        x = look.state
         last = memory.get("last")
         if last is None or last.shape != x.shape:
             memory["last"] = x.clone()
@@ -747,7 +747,7 @@ def test_a_dynamic_decision_over_whole_stacks(name):
 def test_a_plan_over_stacks_alone_skips_their_blocks(name):
     """Sites that a plan does not name are not its business: a skipped stack runs none of them."""
     model = tiny.build(name)
-    stacks = [s.name for s in dittocache.describe(model).stacks]
+    stacks = [s.site.name for s in dittocache.describe(model).stacks]
     table = np.zeros((6, len(stacks)))
     table[[0, 3]] = 1
     (expected,) = tiny.predictions(model, None, steps=1, frozen=True)

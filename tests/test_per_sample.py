@@ -14,7 +14,7 @@ from torch import Tensor
 import dittocache
 from dittocache.fill import Fill, GradientQueue, Hold, LowRankIncrement, Trend
 from dittocache.plan import COMPUTE, OPEN
-from dittocache.when import When
+from dittocache.when import Look, When
 
 STEPS = 6
 
@@ -29,8 +29,8 @@ class InputChange(When):
     def table(self, num_steps: int, sites: Any) -> np.ndarray:
         return np.full((num_steps, len(sites)), OPEN)
 
-    def decide(self, step: int, site: Any, args: tuple[Any, ...], memory: dict[str, Any]) -> Any:
-        x, last = args[0], memory.get("x")
+    def decide(self, look: Look, memory: dict[str, Any]) -> Any:
+        x, last = look.state, memory.get("x")
         if last is None:
             memory["x"] = x.clone()
             return COMPUTE

@@ -218,17 +218,15 @@ def test_sites(uvit):
     assert [(s.stack, s.block, s.depth) for s in modules[::2]] == [
         ("in_blocks", 0, 2), ("in_blocks", 1, 2), ("mid_block", 0, 1), ("out_blocks", 0, 2), ("out_blocks", 1, 2),
     ]  # fmt: skip
-    assert [(s.name, s.kind, s.depth) for s in found.stacks] == [
+    assert [(s.name, s.kind, s.depth) for s in (span.site for span in found.stacks)] == [
         ("in_blocks", "stack", 2), ("mid_block", "stack", 1), ("out_blocks", "stack", 2),
     ]  # fmt: skip
     for entry in found.entries:
         assert uvit.get_submodule(entry.site.name) is entry.module
     for block in found.blocks:
         assert uvit.get_submodule(block.name) is block.module
-    assert [(b.name, b.first, b.last) for b in found.blocks] == [
-        ("in_blocks.0", True, False), ("in_blocks.1", False, True), ("mid_block", True, True),
-        ("out_blocks.0", True, False), ("out_blocks.1", False, True),
-    ]  # fmt: skip
+    assert [b.name for b in found.blocks] == ["in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"]
+    assert [stack.blocks for stack in found.stacks] == [(0, 1), (2,), (3, 4)]
     assert "mid_block: 1 x UViTBlock (with shortcut)" in str(found)
     assert [stack["name"] for stack in found.to_dict()["stacks"]] == ["in_blocks", "mid_block", "out_blocks"]
 
@@ -247,8 +245,8 @@ def test_only_lone_blocks_of_registered_families_are_found():
             self.layers = nn.ModuleList([Stranger(), Stranger()])
             self.mixed = nn.ModuleList([UViTBlock(8, 2, 16, False, False), nn.Identity()])
 
-    assert [s.name for s in describe(Net(True)).stacks] == ["inner.first", "layers"]
-    assert [s.name for s in describe(Net(False)).stacks] == ["layers"]
+    assert [s.site.name for s in describe(Net(True)).stacks] == ["inner.first", "layers"]
+    assert [s.site.name for s in describe(Net(False)).stacks] == ["layers"]
     again = Net(True)
     again.second = again.inner.first
     with pytest.raises(ValueError, match="uses one of its blocks several times"):

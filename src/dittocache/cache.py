@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from .describe import Description, describe
 from .fix import Level
 from .parts import check_int, show
 from .plan import COMPUTE, REUSE, Plan, align
-from .recipe import Recipe, resolve
+from .recipe import SPANS, Recipe, resolve
 from .run import Run, active_runs
 from .when import Table
 
@@ -266,18 +267,31 @@ class Cache:
 
     # ---- results ----------------------------------------------------------------------------------------------------
     def flops(self, key: Any, used: list[int], branches: int) -> tuple[tuple[float, ...] | None, float]:
-        """FLOPs measured for inputs of that shape: of the used sites, and of the rest, for all branches of a step."""
-        if key not in self._attachment.costs:
+        """FLOPs measured for inputs of that shape: of the used sites, and of the rest, for all branches of a step.
+
+        What is inside of another used site is counted there only if it has no column of its own.
+        """
+        attachment = self._attachment
+        if key not in attachment.costs:
             return None, 0.0
-        every, rest = self._attachment.costs[key]
-        sites = every[: len(self.description.sites)]
-        spent = {j: every[j] for j in used}
+        costs, spent = attachment.costs[key], {}
+        inside = dict.fromkeys((block.name for block in self.description.blocks), 0.0)  # of a block, in used columns
         for block in self.description.blocks:
-            if block.stack in spent:  # what a skipped stack saves includes the modules that are no columns
-                spent[block.stack] += sum(sites[j] for j in block.sites if j not in spent)
-        total = (sum(sites) + rest) * branches
-        columns = tuple(spent[j] * branches for j in used)
-        return columns, max(total - sum(columns), 0.0)
+            for j in block.sites + block.linears:
+                if j in used:
+                    spent[j] = costs[j]
+                    inside[block.name] += costs[j]
+        head = self.recipe.when.head
+        for j in sorted((j for j in attachment.spans if j in used), reverse=True):  # single blocks before their stacks
+            spent[j] = 0.0
+            for block in attachment.spans[j].blocks:
+                if attachment.position[block.name] >= head:
+                    spent[j] += costs[block.spans[-1]] - inside[block.name]
+                    inside[block.name] = costs[block.spans[-1]]
+        if attachment.output in used:
+            spent[attachment.output] = costs[attachment.output] - sum(spent.values())
+        columns = tuple(max(spent[j], 0.0) * branches for j in used)
+        return columns, max(costs[attachment.output] * branches - sum(columns), 0.0)
 
     @property
     def trace(self) -> Plan:
@@ -320,15 +334,25 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
     Raises:
         ValueError: none of the model's sites fits, or the recipe asks for what these sites cannot give.
     """
+    columns = description.columns
     kinds = {
         "module": ("attention", "cross-attention", "feed-forward", "context-feed-forward", "fused"),
         "attention": ("attention", "cross-attention"),
         "feed-forward": ("feed-forward", "context-feed-forward"),
         "linear": tuple(dict.fromkeys(entry.site.kind for entry in description.linears)),
-    }[recipe.where]
-    stack = ("stack",) if recipe.when.uses_stack else ()
-    columns = description.columns
-    used = [j for j, site in enumerate(columns) if site.kind in kinds + stack]
+        "block": ("block",),
+        "stack": ("stack",),
+        "tail": ("stack",),
+        "model": ("model",),
+    }.get(recipe.where, ())
+    beside = {span.site.name for span in description.spans if not span.main} if recipe.where in SPANS else set()
+    used = [
+        j
+        for j, site in enumerate(columns)
+        if (site.kind in kinds and site.name not in beside)
+        or (site.kind == "stack" and recipe.when.uses_stack)
+        or fnmatch.fnmatchcase(site.name, recipe.where)
+    ]
     if isinstance(recipe.when, Table):
         plan = recipe.when.plan
         table = align(plan, columns)
@@ -340,9 +364,10 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
                 raise ValueError(
                     f"the plan computes some tokens of {site.name!r}, which is not a token-wise feed-forward"
                 )
-    if not any(site.kind in kinds for site in columns):
+    if not any(site.kind in kinds or fnmatch.fnmatchcase(site.name, recipe.where) for site in columns):
         known = ", ".join(dict.fromkeys(site.kind for site in columns))
-        raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; its sites are: {known}")
+        names = f"; the first is named {columns[0].name!r}" if not kinds else ""
+        raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; it has: {known}{names}")
     recipe.when.fits([columns[j] for j in used])
     foreign = sorted(recipe.fill.names() - {columns[j].name for j in used})
     if foreign:

@@ -41,6 +41,12 @@ def watch_call(pipeline: Any, listener: Any) -> None:
     _watch(pipeline, listener, {"__call__": _call})
 
 
+def watch_forward(module: Any, listener: Any) -> None:
+    """Lets `listener.on_call(original, args, kwargs)` stand for every call of this module, until `unwatch`."""
+    if listener not in listeners(module):
+        _watch(module, listener, {"__call__": _forward})
+
+
 def unwatch(target: Any, listener: Any) -> None:
     """Undoes a watch; the last one gives the object its own class back."""
     with _lock:
@@ -137,5 +143,15 @@ def _call(method: Any) -> Any:
             return method(self, *args, **kwargs)
         with heard[0].calling(self):
             return method(self, *args, **kwargs)
+
+    return __call__
+
+
+def _forward(method: Any) -> Any:
+    @functools.wraps(method)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        heard = listeners(self)
+        original = functools.partial(method, self)
+        return heard[0].on_call(original, args, kwargs) if heard else original(*args, **kwargs)
 
     return __call__

@@ -52,6 +52,34 @@ def register_family(family: Family) -> Family:
     return family
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What discovery cannot find out about a class of transformers.
+
+    Args:
+        models: class names of the transformers.
+        interleaved: block lists that run in turn, one block of each; together they are one stack.
+        side: block lists that run beside the stacks that carry the sample (refiners of the text, control branches), or
+            before them: never passed by.
+        package: the package that the classes are from.
+    """
+
+    models: tuple[str, ...]
+    interleaved: tuple[str, ...] = ()
+    side: tuple[str, ...] = ()
+    package: str = "diffusers"
+
+
+LAYOUTS: dict[str, Layout] = {}
+
+
+def register_layout(layout: Layout) -> Layout:
+    """Makes a class of transformers known; later registrations win."""
+    for name in layout.models:
+        LAYOUTS[name] = layout
+    return layout
+
+
 @dataclass
 class SiteModule:
     """A site with the module whose output it is; `path` is relative to the block."""
@@ -64,16 +92,32 @@ class SiteModule:
 
 @dataclass
 class Block:
-    """A block with its sites, as indices into `Description.columns`; `stack` is the index of its stack's site."""
+    """A block with its sites, as indices into `Description.columns`.
+
+    `spans` are the columns of the spans that it belongs to, the widest first: its stack's, then its own.
+    """
 
     module: nn.Module
     name: str
     sites: tuple[int, ...]
-    stack: int
-    first: bool
-    last: bool
     family: Family
     linears: tuple[int, ...] = ()
+    spans: tuple[int, ...] = ()
+
+
+@dataclass
+class Span:
+    """Blocks that can be passed by as a whole: a stack, or a single block.
+
+    Attributes:
+        site: its column, of kind `stack` or `block`.
+        blocks: numbers of the blocks in `Description.blocks`, in order of execution.
+        main: it carries the sample: `where="stack"` is about all main stacks together.
+    """
+
+    site: Site
+    blocks: tuple[int, ...]
+    main: bool = True
 
 
 @dataclass
@@ -83,23 +127,34 @@ class Description:
     model: str
     entries: list[SiteModule] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
-    stacks: list[Site] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     linears: list[SiteModule] = field(default_factory=list)
+
+    @property
+    def stacks(self) -> list[Span]:
+        return [span for span in self.spans if span.site.kind == "stack"]
+
+    @property
+    def output(self) -> Site:
+        """The column of the whole network: what it returns."""
+        last = len(self.blocks) - 1
+        return Site("output", "model", "", last, len(self.blocks), last)
 
     @property
     def sites(self) -> list[Site]:
         """Module sites first, then one site for every stack of blocks."""
-        return [entry.site for entry in self.entries] + self.stacks
+        return [entry.site for entry in self.entries] + [span.site for span in self.stacks]
 
     @property
     def columns(self) -> list[Site]:
-        """All that a plan can have a column for: the sites, then the single linear layers inside of modules."""
-        return self.sites + [entry.site for entry in self.linears]
+        """All that a plan can have a column for: the sites, single blocks, the whole network, single linear layers."""
+        blocks = [span.site for span in self.spans[len(self.stacks) :]]
+        return [*self.sites, *blocks, self.output, *(entry.site for entry in self.linears)]
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
-            "stacks": [{"name": s.name, "blocks": s.depth} for s in self.stacks],
+            "stacks": [{"name": s.site.name, "blocks": len(s.blocks), "main": s.main} for s in self.stacks],
             "sites": [
                 {
                     "name": e.site.name,
@@ -115,10 +170,12 @@ class Description:
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.entries)} sites in {len(self.blocks)} blocks"]
         for stack in self.stacks:
-            members = [b for b in self.blocks if self.sites[b.stack].name == stack.name]
+            members = [self.blocks[n] for n in stack.blocks]
             classes = ", ".join(dict.fromkeys(type(b.module).__name__ for b in members))
-            shortcut = " (with shortcut)" if members[0].family.reuse_block else ""
-            lines.append(f"  {stack.name}: {stack.depth} x {classes}{shortcut}")
+            notes = ["with shortcut"] if members[0].family.reuse_block else []
+            notes += [] if stack.main else ["beside the sample"]
+            noted = f" ({', '.join(notes)})" if notes else ""
+            lines.append(f"  {stack.site.name}: {len(members)} x {classes}{noted}")
             seen: dict[tuple[str, str, str, bool], int] = {}
             for j in (j for b in members for j in b.sites):
                 e = self.entries[j]
@@ -147,35 +204,68 @@ def describe(module: nn.Module) -> Description:
     if not isinstance(module, nn.Module):
         raise TypeError(f"describe needs a torch module; got {type(module).__name__}")
     description = Description(type(module).__name__)
-    found = [(name, blocks, [_parts(b) for b in blocks.values()]) for name, blocks in _stacks(module, "")]
-    modules = [id(block) for _, blocks, _ in found for block in blocks.values()]
+    layout = _layout(module)
+    found = dict(_stacks(module, ""))
+    lists = _in_turn(found, layout)
+    modules = [id(block) for blocks in found.values() for block in blocks.values()]
     if len(set(modules)) < len(modules):
         raise ValueError(f"{type(module).__name__} uses one of its blocks several times, which is not supported")
-    order, total = 0, sum(len(part) for _, _, parts in found for part in parts)
-    for name, blocks, parts in found:
-        stack = total + len(description.stacks)
-        for l, ((block_name, block), part) in enumerate(zip(blocks.items(), parts, strict=True)):
-            indices = []
-            for path, kind, child, mutes in part:
+    for name, members in lists.items():
+        first = len(description.blocks)
+        for listed, l, block_name in members:
+            block, indices, order = found[listed][block_name], [], len(description.blocks)
+            for path, kind, child, mutes in _parts(block):
                 indices.append(len(description.entries))
                 tokenwise = kind.endswith("feed-forward") and _tokenwise(child)
-                site = Site(f"{block_name}.{path}", kind, name, l, len(blocks), order, tokenwise)
+                site = Site(f"{block_name}.{path}", kind, listed, l, len(found[listed]), order, tokenwise)
                 description.entries.append(SiteModule(site, child, path, mutes))
-            description.blocks.append(
-                Block(block, block_name, tuple(indices), stack, l == 0, l == len(blocks) - 1, _family(block))
-            )
-            order += 1
-        description.stacks.append(Site(name, "stack", name, len(blocks) - 1, len(blocks), order - 1))
-    for found_block in description.blocks:
-        found_linears = [part for j in found_block.sites for part in _linears(description.entries[j], found_block)]
-        first = len(description.sites) + len(description.linears)
-        found_block.linears = tuple(range(first, first + len(found_linears)))
-        description.linears += found_linears
+            description.blocks.append(Block(block, block_name, tuple(indices), _family(block)))
+        last = len(description.blocks) - 1
+        site = Site(name, "stack", name, last - first, last - first + 1, last)
+        description.spans.append(Span(site, tuple(range(first, last + 1)), not _beside(name, layout)))
     if not description.entries:
         raise ValueError(
             f"{type(module).__name__} has no list of blocks with attention or feed-forward parts: nothing to cache"
         )
+    if not any(span.main for span in description.spans):  # nothing but lists deep inside, as in a U-Net
+        description.spans = [Span(span.site, span.blocks) for span in description.spans]
+    for stack in description.stacks:
+        for l, n in enumerate(stack.blocks):
+            if len(stack.blocks) > 1:  # a lone block is its stack
+                site = Site(description.blocks[n].name, "block", stack.site.name, l, len(stack.blocks), n)
+                description.spans.append(Span(site, (n,), stack.main))
+    for j, span in enumerate(description.spans, len(description.entries)):
+        for n in span.blocks:
+            description.blocks[n].spans += (j,)
+    for found_block in description.blocks:
+        found_linears = [part for j in found_block.sites for part in _linears(description.entries[j], found_block)]
+        first = len(description.columns)
+        found_block.linears = tuple(range(first, first + len(found_linears)))
+        description.linears += found_linears
     return description
+
+
+def _layout(module: nn.Module) -> Layout:
+    for cls in type(module).__mro__:
+        layout = LAYOUTS.get(cls.__name__)
+        if layout is not None and cls.__module__.split(".")[0] == layout.package:
+            return layout
+    return Layout(models=(type(module).__name__,))
+
+
+def _in_turn(found: dict[str, dict[str, nn.Module]], layout: Layout) -> dict[str, list[tuple[str, int, str]]]:
+    """Stack name -> (list, index in it, block name) in order of execution; lists that run in turn are one stack."""
+    lists = {name: [(name, l, block) for l, block in enumerate(blocks)] for name, blocks in found.items()}
+    turns = [lists.pop(name) for name in layout.interleaved if name in lists]
+    if turns:
+        lists[" + ".join(layout.interleaved)] = [one for row in zip(*turns, strict=True) for one in row]
+    return lists
+
+
+def _beside(stack: str, layout: Layout) -> bool:
+    """Whether a stack does not carry the sample: known of its model, or by its place and name."""
+    words = ("refiner", "control", "vace", "context", "text", "face", "embed")
+    return stack in layout.side or "." in stack or any(word in stack for word in words)
 
 
 def _family(block: nn.Module) -> Family:

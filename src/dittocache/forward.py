@@ -5,20 +5,30 @@ Here are the decisions and the tensors; the hooks that lead here, and the module
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from . import streams
 from .describe import Block
 from .fill import At, Entry
 from .plan import COMPUTE, OPEN, PARTIAL, REUSE
 from .run import Run
+from .samples import Samples, guidance_halves
+from .streams import Key, pack
+from .when import Look
 
 if TYPE_CHECKING:
     from .hooks import Attachment
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -28,11 +38,37 @@ def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> 
 # torch's own table of FLOP formulas lacks the attention kernel of the CPU
 _COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}
 
+# names under which blocks are given the embedding of the timestep
+_EMBEDDINGS = ("temb", "emb", "time_emb", "timestep_proj", "timestep", "adaln_input", "conditioning")
+
+
+class Settled(Exception):
+    """Leaves a block in the middle: it was decided there that it is not computed."""
+
+
+@dataclass
+class Passing:
+    """A span of blocks that the forward is in.
+
+    Attributes:
+        arguments: inputs of its first block; the change is reckoned from their streams.
+        versions: change counters of these tensors.
+        signature: of these inputs.
+        rows: True computed, False passed by, or a bool tensor [samples]; None: not decided yet.
+        passed: a block has been passed by.
+    """
+
+    arguments: dict[Key, Any]
+    versions: tuple[int, ...]
+    signature: tuple[Any, ...]
+    rows: bool | Tensor | None = None
+    passed: bool = False
+
 
 class Forward:
     """One forward of one transformer within a run: the row it follows, and what it does at blocks and sites."""
 
-    def __init__(self, attachment: Attachment, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, attachment: Attachment, run: Run, args: Args, kwargs: Kwargs) -> None:
         self.attachment = attachment
         self.run = run
         self.recipe = run.recipe
@@ -40,7 +76,12 @@ class Forward:
         self.branch = run.next_branch()
         self.row = list(run.row())
         self.signature: tuple[Any, ...] = ()
-        self.skipped: dict[int, bool] = {}
+        self.passing: dict[int, Passing] = {}
+        self.decision: bool | Tensor | None = None  # of all main stacks
+        self.awaiting: int | None = None  # the stack that the next attention's input decides about
+        self.start: Tensor | None = None  # the main stream before the first of all main stacks
+        self.probe: Tensor | None = None  # what the head has changed in it
+        self.previous: tuple[Block, tuple[Tensor, ...]] | None = None
         self.turns: dict[int, int] = {}  # calls of a site in this forward; some blocks call a feed-forward twice
         self.seen: dict[str, Tensor] = {}
         self.raw: Tensor | None = None
@@ -49,8 +90,7 @@ class Forward:
         self.counter: FlopCounterMode | None = None
         sample = _hidden(args, kwargs)
         self.grid = attachment.grid(sample)
-        if run.recipe.which is not None and not run.calls.any():
-            run.halves = _guidance_halves(sample)
+        self.samples = self._samples(sample)
         key = None if sample is None else (tuple(sample.shape), sample.dtype)
         run.cost_key = key
         if key is not None and key not in attachment.costs and attachment.measuring.acquire(blocking=False):
@@ -58,14 +98,22 @@ class Forward:
             self.counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
             self.counter.__enter__()
 
+    def _samples(self, sample: Tensor | None) -> Samples:
+        """How the batch divides into samples; looked at once a run for every batch size."""
+        rows = 1 if sample is None else len(sample)
+        if rows not in self.run.halves:
+            self.run.halves[rows] = guidance_halves(sample)
+        halves = self.run.halves[rows]
+        return Samples(rows // halves, halves, self.recipe.when.batch == "batch")
+
     def close(self, failed: bool) -> None:
         """Ends the forward: stores what was measured, and weighs what is kept."""
         if self.counter is not None:
             total = self.flops()
             self.counter.__exit__(None, None, None)
             if not failed and all(code is None or code == COMPUTE for code in self.row):
-                outside = total - sum(self.costs[: len(self.attachment.description.sites)])
-                self.attachment.costs[self.run.cost_key] = (self.costs, max(outside, 0.0))
+                self.costs[self.attachment.output] = total
+                self.attachment.costs[self.run.cost_key] = self.costs
             self.attachment.measuring.release()
         if self.kept:
             self.run.weigh()
@@ -73,26 +121,53 @@ class Forward:
     def flops(self) -> float:
         return 0.0 if self.counter is None else float(self.counter.get_total_flops()) - self.scoring
 
+    # ---- the whole network ------------------------------------------------------------------------------------------
+    def network(self, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """A forward of the transformer itself, for recipes that reuse what it returns."""
+        j = self.attachment.output
+        self.signature = signature = _signature(args, kwargs)
+        if self.row[j] not in (None, COMPUTE) and self._ready(j):
+            self.run.record(j, REUSE)
+            return streams.unpack(self._filled(j), self._entry(j).form)
+        output = original(*args, **kwargs)
+        if self.row[j] is not None:
+            self.row[j] = COMPUTE
+            self._keep(j, output, signature=signature)
+            self.run.record(j, COMPUTE)
+        return output
+
     # ---- blocks -----------------------------------------------------------------------------------------------------
-    def block(self, block: Block, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A block: passed by when its stack is skipped, gated and added when all its sites are reused, else run."""
+    def block(self, block: Block, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """A block: passed by with the span that it belongs to, or run."""
+        before = self.flops()
         self.signature = _signature(args, kwargs)
-        if block.first:
-            self.skipped[block.stack] = self._skips(block, args, kwargs)
-        if self.skipped.get(block.stack):
-            return self._pass_by(block, original, args, kwargs)
+        spans = tuple(j for j in block.spans if self.row[j] is not None)
+        if not spans:
+            output = self._run(block, original, args, kwargs)
+        else:
+            arguments = streams.given(args, kwargs)
+            if self.previous is not None:
+                self.attachment.follow(*self.previous, block, arguments)
+            output = self._within(spans, block, original, args, kwargs)
+            self.previous = (block, pack(output))
+            self.attachment.passed(block, output, arguments)
+        if self.counter:
+            self.costs[block.spans[-1]] += self.flops() - before
+        return output
+
+    def _run(self, block: Block, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """A block on its own: gated and added when all its sites are reused, else the model's own code."""
         row = self.row
         for j in block.sites + block.linears if self.attachment.split else block.sites:
             if row[j] == OPEN and self.attachment.entry(j).mutes:
                 # the modules that feed a fused site come before it, so it is decided here
-                self._decide(j, self._entry(j), args, kwargs)
+                decided = self._decide(j, streams.main_stream(streams.given(args, kwargs)))
+                row[j] = COMPUTE if isinstance(decided, Tensor) else decided
             # what cannot be filled is computed, whatever the row says
             if row[j] not in (None, COMPUTE, OPEN) and not self._ready(j):
                 row[j] = COMPUTE
             elif row[j] == PARTIAL:
                 row[j] = self._share(j)
-        before = self.flops() - sum(self.costs[j] for j in block.sites) if self.counter else 0.0
-        output: Any = NotImplemented
         # the shortcut has no inputs of modules to hand to a fill
         shortcut = None if self.recipe.fill.keeps_inputs else block.family.reuse_block
         if shortcut is not None and all(row[j] == REUSE for j in block.sites):
@@ -100,53 +175,188 @@ class Forward:
             output = shortcut(block.module, features, *args, **kwargs)
             if output is not NotImplemented:
                 self.run.record(list(block.sites), REUSE)
-        if output is NotImplemented:
-            output = original(*args, **kwargs)
-        if self.counter:
-            self.costs[block.stack] += self.flops() - before - sum(self.costs[j] for j in block.sites)
-        if block.last and row[block.stack] is not None:
-            self._keep(block.stack, output)
-            self.run.record(block.stack, COMPUTE)
+                return output
+        return original(*args, **kwargs)
+
+    # ---- spans of blocks --------------------------------------------------------------------------------------------
+    def _within(
+        self, spans: tuple[int, ...], block: Block, original: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Any:
+        """A block within spans of the row, the widest first."""
+        if not spans:
+            return self._run(block, original, args, kwargs)
+        j, span = spans[0], self.attachment.spans[spans[0]]
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return self._within(spans[1:], block, original, args, kwargs)
+
+        arguments = streams.given(args, kwargs)
+        if block is span.blocks[0]:
+            self.passing[j] = self._enter(j, arguments)
+        state, output = self.passing[j], None
+        if state.rows is None:
+            output = self._undecided(j, state, block, inner, args, kwargs)
+        if output is None:
+            if state.rows is None or state.rows is True:
+                output = inner(*args, **kwargs)
+            elif isinstance(state.rows, Tensor):
+                output = self._some(state.rows, block, inner, arguments)
+            elif any(self.row[i] not in (None, REUSE) for i in block.sites):
+                inner(*args, **kwargs)  # its sites ask to be computed, to refresh what they keep
+            else:
+                self.run.record([i for i in block.sites if self.row[i] is not None], REUSE)
+        if block is span.blocks[-1]:
+            return self._leave(j, state, block, output)
+        if output is not None:
+            return output
+        if not state.passed:  # the model may change what it is handed, and the span's start is wanted at its end
+            arguments = {key: v.clone() if isinstance(v, Tensor) else v for key, v in arguments.items()}
+            state.passed = True
+        passage, form = self.attachment.passages[block.name]
+        return streams.unpack(passage.through(arguments), form)
+
+    def _enter(self, j: int, arguments: dict[Key, Any]) -> Passing:
+        """A span begins. If it should be passed by but cannot, all of it is computed."""
+        if j in self.attachment.aliased and self.recipe.keeps == "change":
+            arguments = {key: v.clone() if isinstance(v, Tensor) else v for key, v in arguments.items()}
+        state = Passing(arguments, _counters(arguments), self.signature)
+        code, stack = self.row[j], self.attachment.columns[j].kind == "stack"
+        if code == OPEN and not stack:
+            decided = self._decide(j, streams.main_stream(arguments))
+            self._settle(j, state, decided if isinstance(decided, Tensor) else decided != REUSE)
+        elif code == OPEN:
+            if self.start is None:
+                self.start = streams.main_stream(arguments)
+            if self.decision is not None:
+                self._settle(j, state, self.decision)
+        else:
+            self._settle(j, state, code == COMPUTE)
+        return state
+
+    def _settle(self, j: int, state: Passing, rows: bool | Tensor) -> None:
+        """Whether a span is computed is known now."""
+        span = self.attachment.spans[j]
+        if rows is not True and not self._ready(j, state.signature):
+            rows = True
+            for i in {i for block in span.blocks for i in (*block.sites, *block.spans)}:
+                self.row[i] = None if self.row[i] is None else COMPUTE
+        elif rows is not True and not all(self.attachment.passable(block) for block in span.blocks):
+            self.run.note(f"{self.attachment.columns[j].name} cannot be passed by: its streams are not understood")
+            rows = True
+        self.row[j] = COMPUTE if rows is True else REUSE
+        state.rows = rows
+
+    def _undecided(
+        self, j: int, state: Passing, block: Block, inner: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Any:
+        """A block of a stack that is decided here, or further on: all stacks are decided as one."""
+        when, arguments = self.recipe.when, streams.given(args, kwargs)
+        if self.attachment.position[block.name] < when.head:
+            return inner(*args, **kwargs)
+        if when.signal == "modulated":
+            self.awaiting = j
+            try:
+                output = inner(*args, **kwargs)
+            except Settled:
+                output = None
+            self.awaiting = None
+            if self.decision is None:
+                self.run.note(f"{block.name} has no attention whose input could be looked at: all is computed")
+                self.decision = True
+        else:
+            output = None
+            stream = streams.main_stream(arguments)
+            if when.head and self.recipe.fill.keeps_inputs and self.start is not None:
+                self.probe = stream - self.start
+            self._look(j, _embedding(block.module, args, kwargs) if when.signal == "embedding" else stream)
+        if self.recipe.where == "tail":  # the change is that of the blocks after the head
+            state.arguments, state.versions = arguments, _counters(arguments)
+        self._settle(j, state, self.decision is None or self.decision)
         return output
 
-    def _skips(self, block: Block, args: Any, kwargs: Any) -> bool:
-        """Whether the stack that begins with this block is skipped; if it should be but cannot, all is computed."""
-        if self.row[block.stack] == OPEN:
-            self._decide(block.stack, self._entry(block.stack), args, kwargs)
-        if self.row[block.stack] in (None, COMPUTE):
-            return False
-        if self._ready(block.stack):
-            return True
-        for member in self.attachment.description.blocks:
-            if member.stack == block.stack:
-                for j in (*member.sites, member.stack):
-                    self.row[j] = None if self.row[j] is None else COMPUTE
-        return False
+    def _look(self, j: int, signal: Tensor | None) -> None:
+        """Decides about all main stacks."""
+        start = self.start if self.start is not None else signal
+        decided = self._decide(j, start, signal)
+        self.decision = decided if isinstance(decided, Tensor) else decided != REUSE
 
-    def _pass_by(self, block: Block, original: Any, args: Any, kwargs: Any) -> Any:
-        """A block of a skipped stack. Its own sites may still ask to be computed, to refresh what they keep."""
-        if any(self.row[j] not in (None, REUSE) for j in block.sites):
-            original(*args, **kwargs)
-        else:
-            self.run.record(list(block.sites), REUSE)
-        if block.last:
-            self.run.record(block.stack, REUSE)
-        # the blocks before the last hand this on as well: it has the right form, and the last one replaces it
-        return _unpack(self._filled(block.stack), self._entry(block.stack))
+    def _some(self, rows: Tensor, block: Block, inner: Callable[..., Any], arguments: dict[Key, Any]) -> Any:
+        """A block for some samples; the streams of the others pass. rows is a bool tensor [samples]."""
+        computed, output = self._picked(rows, inner, arguments)
+        passage, _ = self.attachment.passages[block.name]
+        whole = tuple(
+            streams.put(self.samples.spread(rows, len(rest)), some, rest)
+            for some, rest in zip(computed, passage.through(arguments), strict=True)
+        )
+        return streams.unpack(whole, streams.form_of(output))
+
+    def _picked(
+        self, rows: Tensor, original: Callable[..., Any], arguments: dict[Key, Any]
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Calls something for some samples: the tensors of its output, and that output."""
+        full = {self.samples.size * self.samples.halves, len(streams.main_stream(arguments))}
+
+        def mask(length: int) -> Tensor | None:
+            return self.samples.spread(rows, length) if length in full else None
+
+        picked = streams.pick(arguments, mask)
+        args = tuple(value for key, value in picked.items() if isinstance(key, int))
+        output = original(*args, **{key: value for key, value in picked.items() if isinstance(key, str)})
+        return pack(output), output
+
+    def _leave(self, j: int, state: Passing, block: Block, output: Any) -> Any:
+        """A span ends: what it did is kept, or made up."""
+        if state.rows is None:  # the head of all stacks reaches past this one
+            self.run.record(j, COMPUTE)
+            return output
+        start: tuple[Tensor, ...] | None = None
+        if self.recipe.keeps == "change":
+            if state.rows is True:
+                self.attachment.passed(block, output, state.arguments)
+            passage, _ = self.attachment.passages[block.name]
+            start = passage.through(state.arguments) if passage.whole else None
+        if state.rows is True:
+            self.run.record(j, COMPUTE)
+            if state.versions != _counters(state.arguments):
+                self.attachment.aliased.add(j)  # the model changes its streams in place: copies from now on
+            elif start is not None or self.recipe.keeps == "output":
+                self._keep(j, output, self.probe, state.signature, start)
+            return output
+        entry = self._entry(j)
+        filled = self._filled(j, self.probe)
+        if start is not None:
+            filled = tuple((before + change).to(before.dtype) for before, change in zip(start, filled, strict=True))
+        if state.rows is False:
+            self.run.record(j, REUSE)
+            return streams.unpack(filled, entry.form)
+        rows = state.rows
+        whole = streams.unpack(
+            tuple(
+                streams.choose(self.samples.spread(rows, len(made)), done, made)
+                for done, made in zip(pack(output), filled, strict=True)
+            ),
+            entry.form,
+        )
+        with self._only(entry, rows):
+            self._keep(j, whole, self.probe, state.signature, start)
+        self.run.record(j, float(rows.float().mean()))
+        return whole
 
     # ---- sites ------------------------------------------------------------------------------------------------------
     def site(self, j: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module whose output can be kept."""
+        if self.awaiting is not None and "attention" in self.attachment.columns[j].kind:
+            self._signal(args, kwargs)
         code = self.row[j]
         if code is None:
             return self._measured(j, original, args, kwargs)
         self.turns[j] = self.turns.get(j, -1) + 1
         entry = self._entry(j)
         if code == OPEN:
-            decided = self._decide(j, entry, args, kwargs)
+            decided = self._decide(j, streams.main_stream(streams.given(args, kwargs)))
             if isinstance(decided, Tensor):
                 return self._rows(j, decided, original, args, kwargs)
-            code = decided
+            code = self.row[j] = self._share(j) if decided == PARTIAL else decided
         if self.turns[j] and code != COMPUTE and not self._ready(j):
             code = COMPUTE
         inputs = _hidden(args, kwargs) if self.recipe.fill.keeps_inputs else None
@@ -156,60 +366,86 @@ class Forward:
             self.run.record(j, COMPUTE)
             entry.ages = None
             if self.recipe.fill.mixes:
-                output = _unpack(self.recipe.fill.mix(entry, _pack(output), self._at(j, inputs)), entry)
+                output = streams.unpack(self.recipe.fill.mix(entry, pack(output), self._at(j, inputs)), entry.form)
             return output
         if code == REUSE:
             self.run.record(j, REUSE)
             together = all(self.row[i] in (REUSE, None) for i in self.attachment.mates[j])
-            return _unpack(self._filled(j, inputs, together), entry)
+            return streams.unpack(self._filled(j, inputs, together), entry.form)
         return self._partial(j, entry, code, original, args[0] if args else kwargs["hidden_states"])
 
     def mute(self, j: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module that only feeds a fused site: hands its input on while that site is reused."""
+        if self.awaiting is not None:
+            self._signal(args, kwargs)
         return _hidden(args, kwargs) if self.row[j] == REUSE else self._measured(j, original, args, kwargs)
 
-    def _decide(self, j: int, entry: Entry, args: Any, kwargs: Any) -> float | Tensor:
-        """Asks the recipe's `when`; a tensor [batch] comes back only if its rows differ."""
-        site = self.attachment.columns[j]
-        code = self.recipe.when.decide(self.step, site, args or (kwargs["hidden_states"],), entry.memory)
+    def _signal(self, args: Args, kwargs: Kwargs) -> None:
+        """The first attention of the first stack is reached: what it is given decides."""
+        j, self.awaiting = self.awaiting, None
+        if j is not None:
+            self._look(j, streams.main_stream(streams.given(args, kwargs)))
+        if self.decision is not True:
+            raise Settled
+
+    def _decide(self, j: int, state: Tensor | None, signal: Tensor | None = None) -> float | Tensor:
+        """Asks the recipe's `when`; a tensor [samples] comes back only if they differ, and may be told apart."""
+        site, ready = self.attachment.columns[j], self._ready(j)
+        if state is None:
+            return COMPUTE
+        gather = self.samples.gather
+        seen = None if signal is None else gather(signal)
+        look = Look(self.step, self.run.num_steps, site, gather(state), seen, forced=not ready)
+        code = self.recipe.when.decide(look, self._entry(j).memory)
+        if not ready:
+            return COMPUTE  # the first step, or other inputs than what is kept belongs to
         if isinstance(code, Tensor):
-            if site.kind not in ("stack", "fused") and self._ready(j) and code.any() and not code.all():
+            if code.any() and not code.all():
                 return code
-            code = COMPUTE if code.any() else REUSE
-        if code != COMPUTE and not self._ready(j):
-            code = COMPUTE  # the first step, or other inputs than what is kept belongs to
-        if code == PARTIAL and (self.recipe.which is None or not site.selectable):
-            code = REUSE
-        elif code == PARTIAL:
-            code = self._share(j)
-        self.row[j] = code
-        return code
+            return COMPUTE if code.any() else REUSE
+        return REUSE if code == PARTIAL and (self.recipe.which is None or not site.selectable) else code
 
-    def _rows(self, j: int, rows: Tensor, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Computes some samples of the batch and fills the others. rows is a bool tensor [batch]."""
-
-        def pick(value: Any) -> Any:
-            return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == len(rows) else value
-
-        computed = _pack(original(*map(pick, args), **{name: pick(value) for name, value in kwargs.items()}))
+    def _rows(self, j: int, rows: Tensor, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """Computes some samples of the batch and fills the others. rows is a bool tensor [samples]."""
+        computed, _ = self._picked(rows, original, streams.given(args, kwargs))
         entry = self._entry(j)
         inputs = _hidden(args, kwargs) if self.recipe.fill.keeps_inputs else None
-        values = tuple(filled.clone() for filled in self._filled(j, inputs))
-        for value, some in zip(values, computed, strict=True):
-            value[rows] = some
-        output = _unpack(values, entry)
-        before, old = entry.values, entry.inputs
-        self._keep(j, output, inputs)
-        # the rows that were filled go on from what they had, as they would alone
-        entry.values = [
-            tuple(_choose(rows, new, former) for new, former in zip(value, before[min(n, len(before) - 1)]))
-            for n, value in enumerate(entry.values)
-        ]
-        if entry.inputs is not None and old is not None:
-            entry.inputs = _choose(rows, entry.inputs, old)
-        entry.versions = _versions(entry)
+        filled = self._filled(j, inputs)
+        output = streams.unpack(
+            tuple(
+                streams.put(self.samples.spread(rows, len(rest)), some, rest)
+                for some, rest in zip(computed, filled, strict=True)
+            ),
+            entry.form,
+        )
+        with self._only(entry, rows):
+            self._keep(j, output, inputs)
         self.run.record(j, float(rows.float().mean()))
         return output
+
+    @contextlib.contextmanager
+    def _only(self, entry: Entry, rows: Tensor) -> Iterator[None]:
+        """What is kept within is kept for these samples; the others go on from what they had, as they would alone."""
+        values, steps, inputs = entry.values, entry.steps, entry.inputs
+        yield
+        last = len(values) - 1
+        entry.values = [
+            tuple(
+                streams.choose(self.samples.spread(rows, len(new)), new, old)
+                for new, old in zip(value, values[min(n, last)], strict=True)
+            )
+            for n, value in enumerate(entry.values)
+        ]
+        if self.recipe.fill.rowwise:
+            chosen = rows.tolist()
+            old_steps = [steps[n] if n <= last else None for n in range(len(entry.steps))]
+            entry.steps = [
+                tuple(_of(new, i) if yes else _of(old, i) for i, yes in enumerate(chosen))
+                for new, old in zip(entry.steps, old_steps, strict=True)
+            ]
+        if entry.inputs is not None and inputs is not None:
+            entry.inputs = streams.choose(self.samples.spread(rows, len(inputs)), entry.inputs, inputs)
+        entry.versions = _versions(entry)
 
     def _share(self, j: int) -> float:
         """The share of tokens that the selector wants at a partial step; with none of them, all grow older."""
@@ -256,8 +492,8 @@ class Forward:
         if count:
             observed = self._entry(self.attachment.scorer[j]).observed if j in self.attachment.scorer else None
             inputs = x if self.raw is None else self.raw
-            base = which.base(observed, inputs, held, run.halves, run.generator)
-            chosen = which.choose(which.score(base, ages, self._cells(which, x.shape[1]), run.halves), count)
+            base = which.base(observed, inputs, held, self.samples.halves, run.generator)
+            chosen = which.choose(which.score(base, ages, self._cells(which, x.shape[1]), self.samples.halves), count)
             index = chosen.unsqueeze(-1)
             computed = original(x.gather(1, index.expand(-1, -1, x.shape[-1])))
             index = index.expand(-1, -1, held.shape[-1])
@@ -286,10 +522,10 @@ class Forward:
     def _entry(self, j: int) -> Entry:
         return self.run.entry(j, self.branch, self.turns.get(j, 0))
 
-    def _ready(self, j: int) -> bool:
+    def _ready(self, j: int, signature: tuple[Any, ...] | None = None) -> bool:
         """Whether a site can be filled: enough is kept, for inputs like these, and nobody has changed it since."""
         entry = self._entry(j)
-        if entry.signature != self.signature or not self.recipe.fill.ready(entry):
+        if entry.signature != (signature or self.signature) or not self.recipe.fill.ready(entry):
             return False
         if entry.versions == _versions(entry):
             return True
@@ -297,7 +533,7 @@ class Forward:
         return False
 
     def _at(self, j: int, inputs: Tensor | None = None, together: bool = False) -> At:
-        return At(self.step, self.run.num_steps, self.attachment.columns[j], inputs, together)
+        return At(self.step, self.run.num_steps, self.attachment.columns[j], inputs, together, self.samples)
 
     def _filled(self, j: int, inputs: Tensor | None = None, together: bool = False) -> tuple[Tensor, ...]:
         entry = self._entry(j)
@@ -311,15 +547,26 @@ class Forward:
         """Whether copies are kept and handed out. Inference tensors do not tell if somebody changed them."""
         return j in self.attachment.aliased or values[0].is_inference()
 
-    def _keep(self, j: int, output: Any, inputs: Tensor | None = None) -> None:
-        entry, values = self._entry(j), _pack(output)
+    def _keep(
+        self,
+        j: int,
+        output: Any,
+        inputs: Tensor | None = None,
+        signature: tuple[Any, ...] | None = None,
+        start: tuple[Tensor, ...] | None = None,
+    ) -> None:
+        """Keeps an output, or its change since `start`, for inputs of this signature."""
+        entry, values, signature = self._entry(j), pack(output), signature or self.signature
         changed = entry.versions != _versions(entry)
         if changed:
             self.attachment.aliased.add(j)
-        if changed or entry.signature != self.signature:  # what is older goes with nothing that comes now
+        if changed or entry.signature != signature:  # what is older goes with nothing that comes now
             entry.values, entry.steps, entry.inputs = [], [], None
-        values = tuple(v.detach().clone() if self._copies(j, values) else v.detach() for v in values)
-        entry.single, entry.signature = isinstance(output, Tensor), self.signature
+        if start is not None:
+            values = tuple((after - before).detach() for after, before in zip(values, start, strict=True))
+        else:
+            values = tuple(v.detach().clone() if self._copies(j, values) else v.detach() for v in values)
+        entry.form, entry.signature = streams.form_of(output), signature
         if inputs is not None:
             inputs = inputs.detach().clone() if self._copies(j, (inputs,)) else inputs.detach()
         self.recipe.fill.keep(entry, values, self._at(j, inputs))
@@ -348,9 +595,9 @@ class Forward:
         return output
 
 
-def _choose(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Samples of `yes` where rows [batch] is True, of `no` elsewhere."""
-    return torch.where(rows.view(-1, *[1] * (yes.ndim - 1)), yes, no)
+def _of(step: Any, sample: int) -> Any:
+    """The step at which a value of a sample was computed; None if there is none."""
+    return step[sample] if isinstance(step, tuple) else step
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -366,14 +613,6 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _guidance_halves(sample: Tensor | None) -> int:
-    """2 if the batch holds the same latents twice, as batched guidance does, else 1."""
-    if sample is None or sample.shape[0] % 2:
-        return 1
-    first, second = sample.chunk(2)
-    return 2 if torch.equal(first, second) else 1
-
-
 def _versions(entry: Entry) -> tuple[int, ...]:
     """Change counters of everything that is kept; torch raises them with every change in place."""
     return tuple(0 if t.is_inference() else t._version for t in entry.kept)
@@ -385,14 +624,12 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
     return tuple((v.shape, v.dtype, v.device) for v in values if isinstance(v, Tensor))
 
 
-def _pack(output: Any) -> tuple[Tensor, ...]:
-    """Outputs as a tuple of tensors."""
-    values = (output,) if isinstance(output, Tensor) else tuple(output) if isinstance(output, (tuple, list)) else ()
-    if not values or not all(isinstance(v, Tensor) for v in values):
-        raise TypeError(f"cannot keep an output of type {type(output).__name__}: expected tensors")
-    return values
+def _counters(arguments: Mapping[Key, Any]) -> tuple[int, ...]:
+    """Change counters of the tensors among arguments."""
+    return tuple(v._version for v in arguments.values() if isinstance(v, Tensor) and not v.is_inference())
 
 
-def _unpack(values: tuple[Tensor, ...], entry: Entry) -> Any:
-    """Inverse of `_pack`: the form in which the module returned them."""
-    return values[0] if entry.single else values
+def _embedding(block: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    """The embedding of the timestep among the inputs of a block, by its name."""
+    named = inspect.signature(block.forward).bind_partial(*args, **kwargs).arguments
+    return next((named[name] for name in _EMBEDDINGS if isinstance(named.get(name), Tensor)), None)

@@ -18,16 +18,24 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from .describe import Description, SiteModule
+from . import clock, streams
+from .describe import Block, Description, SiteModule
 from .forward import Forward
 from .run import active_runs
+from .streams import Key, Passage
 
 HOOK = "dittocache"
 _forward: ContextVar[Forward | None] = ContextVar("dittocache_forward", default=None)
 _attachments: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
-# FLOPs of the sites and of the rest by input shape; they outlive a cache, so that the next one need not count again
-_costs: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[list[float], float]]] = weakref.WeakKeyDictionary()
+# FLOPs of all columns by input shape; they outlive a cache, so that the next one need not count again
+_costs: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[float]]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+
+
+class Span(NamedTuple):
+    """A run of blocks that is passed by as a whole."""
+
+    blocks: list[Block]
 
 
 class Attachment:
@@ -38,8 +46,18 @@ class Attachment:
         self.description = description
         # asked at every site of every forward, so they are put together once
         self.columns = description.columns
+        self.first_linear = len(self.columns) - len(description.linears)
+        self.output = self.first_linear - 1
         self.modules = dict(enumerate(description.entries))
-        self.modules |= dict(enumerate(description.linears, len(description.sites)))
+        self.modules |= dict(enumerate(description.linears, self.first_linear))
+        self.spans = {
+            j: Span([description.blocks[n] for n in span.blocks])
+            for j, span in enumerate(description.spans, len(description.entries))
+        }
+        trunk = [n for stack in description.stacks if stack.main for n in stack.blocks]
+        self.position = {block.name: len(trunk) for block in description.blocks}
+        self.position |= {description.blocks[n].name: position for position, n in enumerate(trunk)}
+        self.passages: dict[str, tuple[Passage, Any]] = {}  # block -> how streams pass it, form of its output
         self.split = False  # whether the single linear layers are hooked as well
         self.caches: list[Any] = []
         self.aliased: set[int] = set()
@@ -87,7 +105,7 @@ class Attachment:
         if not self.split:
             self.split = True
             self.costs.clear()
-            for j, entry in enumerate(self.description.linears, len(self.description.sites)):
+            for j, entry in enumerate(self.description.linears, self.first_linear):
                 self._hook(entry.module, _SiteHook(self, j))
             self._forget_registries()
 
@@ -136,8 +154,55 @@ class Attachment:
             if registry is not None and hasattr(registry, "_child_registries_cache"):
                 registry._child_registries_cache = None
 
+    # ---- streams ----------------------------------------------------------------------------------------------------
+    def passed(self, block: Block, output: Any, arguments: dict[Key, Any]) -> None:
+        """Learns the form of a block's output, and guesses how its streams pass unless that is known."""
+        outputs = streams.pack(output)
+        if block.name in self.passages and self.passages[block.name][0].known:
+            return
+        alike = (
+            passage
+            for other in self.description.blocks
+            if type(other.module) is type(block.module) and other.name in self.passages
+            for passage, _ in [self.passages[other.name]]
+            if passage.known and len(passage.keys) == len(outputs)
+        )
+        self.passages[block.name] = next(alike, None) or streams.guess(outputs, arguments), streams.form_of(output)
+
+    def follow(self, block: Block, outputs: tuple[Tensor, ...], after: Block, arguments: dict[Key, Any]) -> None:
+        """Learns from the arguments of the next block which of them the outputs of a block are."""
+        passage, form = self.passages[block.name]
+        seen = None if passage.known else streams.continued(outputs, arguments)
+        if seen is not None:
+            # other classes may take the same streams at other positions, but not under other names
+            named = all(isinstance(key, str) for key in seen.keys)
+            if named or type(after.module) is type(block.module):
+                self.passages[block.name] = seen, form
+
+    def passable(self, block: Block) -> bool:
+        """Whether it is known how all of the block's outputs continue its inputs."""
+        return block.name in self.passages and self.passages[block.name][0].whole
+
     # ---- the transformer's own forward ------------------------------------------------------------------------------
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Surrounds a call of the transformer where a recipe may reuse what the whole of it returns."""
+        self._begin(None, args, kwargs)
+        forward = _forward.get()
+        if forward is None or forward.row[self.output] is None:
+            return original(*args, **kwargs)
+        failed = True
+        try:
+            output = forward.network(original, args, kwargs)
+            failed = False
+            return output
+        finally:
+            _forward.set(None)
+            forward.close(failed)
+
+    def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        present = _forward.get()
+        if module is not None and present is not None and present.attachment is self:
+            return  # begun by `on_call`
         runs = [run for run in active_runs() if run.owner in self.caches and not run.ended]
         if runs and runs[-1].step_index is not None:
             _forward.set(Forward(self, runs[-1], args, kwargs))
@@ -147,7 +212,7 @@ class Attachment:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = _forward.get()
-        if forward is not None and forward.attachment is self:
+        if forward is not None and forward.attachment is self and forward.row[self.output] is None:
             _forward.set(None)
             forward.close(failed=output is None)
 
@@ -212,8 +277,10 @@ def attach(transformer: nn.Module, cache: Any, description: Description) -> Atta
         try:
             if cache.recipe.which is not None:
                 attachment.observe(cache.recipe.which)
-            if any(j >= len(description.sites) for j in cache.used):
+            if any(j >= attachment.first_linear for j in cache.used):
                 attachment.split_up()
+            if attachment.output in cache.used:
+                clock.watch_forward(transformer, attachment)
         except BaseException:
             detach(transformer, cache)
             raise
@@ -256,6 +323,8 @@ def detach(transformer: nn.Module, cache: Any) -> None:
         attachment = _attachments.get(transformer)
         if attachment is not None and cache in attachment.caches:
             attachment.caches.remove(cache)
+            if not any(attachment.output in one.used for one in attachment.caches):
+                clock.unwatch(transformer, attachment)
             if not attachment.caches:
                 attachment.remove()
                 del _attachments[transformer]

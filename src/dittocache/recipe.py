@@ -29,7 +29,8 @@ from .which import Which
 
 FORMAT = "dittocache-recipe-1"
 FILE, ARRAYS = "recipe.json", "recipe.safetensors"
-WHERE = ("module", "attention", "feed-forward", "linear")
+WHERE = ("module", "attention", "feed-forward", "linear", "block", "stack", "tail", "model")
+SPANS = ("block", "stack", "tail")
 PARTS = ("when", "which", "fill", "fix")
 
 
@@ -40,7 +41,10 @@ class Recipe:
     Args:
         when: at which steps a site is computed, partly computed, or not.
         where: `module` for attention and feed-forward, or one of the two alone; `linear` for every single linear layer
-            inside of them, while attention itself and activations are computed.
+            inside of them, while attention itself and activations are computed; `block` for every block as a whole,
+            `stack` for all blocks together, `tail` for all blocks after the schedule's `head`; `model` for what the
+            network returns. Or a pattern of site names, such as `transformer_blocks.[0-9].attn`.
+        keeps: of blocks and stacks, their `output`, or the `change` between what enters and what leaves.
         which: which tokens a partial step computes; None: a partial step reuses all.
         fill: what stands in for what was not computed.
         fix: correction outside the network; None for none.
@@ -59,13 +63,21 @@ class Recipe:
     which: Which | None = None
     fill: Fill = field(default_factory=Hold)
     fix: Fix | None = None
+    keeps: str = "output"
     method: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
     made_for: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_choice("where", self.where, WHERE)
+        if not isinstance(self.where, str) or (self.where not in WHERE and not set(self.where) & set(".*?[")):
+            known = ", ".join(WHERE)
+            raise ValueError(f"where must be one of {known}, or a pattern of site names; got {show(self.where)}")
+        check_choice("keeps", self.keeps, ("output", "change"))
+        if self.keeps == "change" and self.where in WHERE and self.where not in SPANS:
+            raise ValueError(f"keeps='change' goes with where={', '.join(SPANS)}; got where={self.where!r}")
+        if self.where == "tail" and self.keeps != "change":
+            raise ValueError("where='tail' goes with keeps='change'; got keeps='output'")
         for name, kind, optional in (
             ("when", When, False),
             ("which", Which, True),
@@ -125,6 +137,7 @@ class Recipe:
             "method": self.method,
             "params": {k: jsonable(v) for k, v in self.params.items()},
             "where": self.where,
+            "keeps": self.keeps,
             **{name: None if part is None else write(name, part) for name, part in parts.items()},
             "provenance": copy.deepcopy(self.provenance),
             "made_for": copy.deepcopy(self.made_for),
@@ -153,6 +166,7 @@ class Recipe:
         params = data.get("params", {})
         return cls(
             where=data.get("where", "module"),
+            keeps=data.get("keeps", "output"),
             method=data.get("method"),
             params={k: plain(v) for k, v in params.items()} if isinstance(params, Mapping) else params,
             provenance=data.get("provenance", {}),
@@ -467,7 +481,7 @@ def resolve(what: Any, **params: Any) -> Recipe:
     if isinstance(what, Recipe):
         return what
     if isinstance(what, Plan):
-        return Recipe(when=Table(what))
+        return Recipe(when=Table(what), **{name: what.meta[name] for name in ("where", "keeps") if name in what.meta})
     if isinstance(what, (str, Path)):
         text = str(what)
         if isinstance(what, Path) or Path(text).exists() or "/" in text:

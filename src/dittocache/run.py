@@ -44,7 +44,7 @@ class Run:
         self.step_index: int | None = None
         self.branch = -1
         self.branches = 0
-        self.halves = 1
+        self.halves: dict[int, int] = {}  # by number of rows: how often batched guidance repeats the samples
         self.ended = False
         self.fixed = False  # whether a prediction was handed to the recipe's fix
         self.levels: tuple[torch.Tensor, torch.Tensor] | None = None  # of noise, for a fix that must know them
@@ -59,7 +59,8 @@ class Run:
     def _codes(self) -> list[list[float | None]]:
         """The schedule with PARTIAL kept only where tokens can be computed on their own, as rows over all sites."""
         used = [self.sites[j] for j in self.used]
-        table = np.asarray(self.recipe.when.table(self.num_steps, used), dtype=np.float64)
+        when = self.recipe.when.timed(self.timesteps)
+        table = np.asarray(when.table(self.num_steps, used), dtype=np.float64)
         selectable = np.array([site.selectable for site in used]) & (self.recipe.which is not None)
         table = np.where((table == PARTIAL) & ~selectable, REUSE, table)
         some = ((table > REUSE) & (table < COMPUTE) & ~selectable).any(0)
@@ -163,6 +164,8 @@ class Run:
         shares = [self.recipe.fill.cost(self.sites[j]) for j in self.used]
         filling = tuple(f * share for f, share in zip(flops, shares)) if flops is not None and any(shares) else None
         meta: dict[str, Any] = {"num_steps": self.num_steps, "branches": self.branches}
+        if self.recipe.keeps != "output":
+            meta |= {"where": self.recipe.where, "keeps": self.recipe.keeps}
         if self.timesteps is not None:
             meta["timesteps"] = [self.timesteps[i] for i in k if i < len(self.timesteps)]
         return Plan(

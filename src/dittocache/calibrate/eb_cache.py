@@ -19,7 +19,7 @@ from ..hooks import Call, captured
 from ..parts import show
 from ..plan import OPEN, Site
 from ..recipe import Number, Recipe, recipe
-from ..when import When
+from ..when import Look, When
 from ..when.learned import STATES
 from .base import Calibrator, add
 from .setup import Setup, conditional_half, draw
@@ -126,12 +126,12 @@ class _Live(When):
     def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
         return np.full((num_steps, len(sites)), OPEN)
 
-    def decide(self, step: int, site: Site, args: tuple[Any, ...], memory: dict[str, Any]) -> Tensor:
+    def decide(self, look: Look, memory: dict[str, Any]) -> Tensor:
         # a fused site holds both kinds: it is reused only where both are, as in `States`
-        parts = (0, 1) if site.kind == "fused" else (0,) if "attention" in site.kind else (1,)
+        kind = look.site.kind
+        parts = (0, 1) if kind == "fused" else (0,) if "attention" in kind else (1,)
         computed = torch.tensor([any(STATES[n][part] for part in parts) for n in range(len(STATES))])
-        rows = computed[self.states].reshape(-1)
-        return rows.repeat(len(args[0]) // len(rows)).to(args[0].device)
+        return computed[self.states].reshape(-1).expand(len(look.state))
 
 
 class _Replay:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..parts import Part
 from ..plan import Site
+from ..samples import Samples
 
 Features = tuple[Tensor, ...]
 
@@ -23,6 +24,7 @@ class At(NamedTuple):
         site: the column.
         inputs: first input of the site's module, [batch, tokens, channels]; None where a fill does not ask for it.
         together: every site of the block is reused in this step.
+        samples: how the rows of the batch belong to samples.
     """
 
     step: int
@@ -30,6 +32,7 @@ class At(NamedTuple):
     site: Site
     inputs: Tensor | None = None
     together: bool = False
+    samples: Samples = Samples()
 
 
 @dataclass
@@ -38,10 +41,11 @@ class Entry:
 
     Attributes:
         values: the outputs that are kept, newest first; each a tuple of tensors (one, unless the module returns more).
-        steps: the steps k at which they were computed, or made up by a fill that goes on from its own outputs.
+        steps: the steps k at which they were computed, or made up by a fill that goes on from its own outputs. Where a
+            fill is `rowwise` and rows differ: a tuple with the step of every row, None for a row without that value.
         inputs: the input that the newest output was computed from, for fills that ask for it.
         versions: change counters of the tensors when they were stored.
-        single: the module returns one tensor, not a tuple.
+        form: how the module returned them: None for one tensor, else what puts the tensors back into their place.
         signature: shape, dtype and device of the inputs they belong to; other inputs make the entry worthless.
         ages: [batch, tokens] float32, partial calls since a token was computed; None before the first partial call.
         observed: the token score of the last full attention, [batch, tokens].
@@ -49,10 +53,10 @@ class Entry:
     """
 
     values: list[Features] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
+    steps: list[Any] = field(default_factory=list)
     inputs: Tensor | None = None
     versions: tuple[int, ...] = ()
-    single: bool = True
+    form: Any = None
     signature: tuple[Any, ...] = ()
     ages: Tensor | None = None
     observed: Tensor | None = None
@@ -76,6 +80,7 @@ class Fill(Part):
     name: ClassVar[str] = ""  # as a plan names the fill of a step
     keeps_inputs: ClassVar[bool] = False  # wants the module's input, at computed steps and at reused ones
     mixes: ClassVar[bool] = False  # also changes what a computed module hands on
+    rowwise: ClassVar[bool] = False  # wants to know the steps of every row, where rows are computed at their own steps
 
     def keep(self, entry: Entry, value: Features, at: At) -> None:
         """Stores what was computed."""

@@ -1,6 +1,6 @@
 """When is a site computed, partly computed, or not at all? Pure schedules: step and site numbers in, a table out."""
 
-from .base import When
+from .base import Look, When
 from .fixed import Counter, Every, ModuleIntervals, Table
 from .learned import ReuseSteps, Router, States
 from .soft import DualInterval, SoftInterval
@@ -9,6 +9,7 @@ __all__ = [
     "Counter",
     "DualInterval",
     "Every",
+    "Look",
     "ModuleIntervals",
     "ReuseSteps",
     "Router",
