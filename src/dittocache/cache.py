@@ -17,10 +17,22 @@ from . import clock, hooks, noise, origin
 from .describe import Description, describe
 from .fix import Level
 from .parts import check_int, show
-from .plan import COMPUTE, REUSE, Plan, align
+from .plan import COMPUTE, REUSE, Plan, Site, align
 from .recipe import SPANS, Recipe, resolve
 from .run import Run, active_runs
 from .when import Table
+
+# what `where` names
+KINDS = {
+    "module": ("attention", "cross-attention", "feed-forward", "context-feed-forward", "fused"),
+    "attention": ("attention", "cross-attention"),
+    "feed-forward": ("feed-forward", "context-feed-forward"),
+    "linear": ("q", "k", "v", "qkv", "proj", "fc1", "fc2", "linear"),
+    "block": ("block",),
+    "stack": ("stack",),
+    "tail": ("stack",),
+    "model": ("model",),
+}
 
 _caches: weakref.WeakKeyDictionary[Any, list[Cache]] = weakref.WeakKeyDictionary()
 
@@ -328,6 +340,13 @@ class Cache:
         )
 
 
+def _meant(where: str, site: Site) -> bool:
+    """Whether a site is one of those that `where` names; a lone block is its stack."""
+    if where in KINDS:
+        return site.kind in KINDS[where] or (where == "block" and site.kind == "stack" and site.depth == 1)
+    return fnmatch.fnmatchcase(site.name, where)
+
+
 def wanted(recipe: Recipe, description: Description) -> list[int]:
     """Indices of the sites that a recipe works on.
 
@@ -335,24 +354,14 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
         ValueError: none of the model's sites fits, or the recipe asks for what these sites cannot give.
     """
     columns = description.columns
-    kinds = {
-        "module": ("attention", "cross-attention", "feed-forward", "context-feed-forward", "fused"),
-        "attention": ("attention", "cross-attention"),
-        "feed-forward": ("feed-forward", "context-feed-forward"),
-        "linear": tuple(dict.fromkeys(entry.site.kind for entry in description.linears)),
-        "block": ("block",),
-        "stack": ("stack",),
-        "tail": ("stack",),
-        "model": ("model",),
-    }.get(recipe.where, ())
     beside = {span.site.name for span in description.spans if not span.main} if recipe.where in SPANS else set()
-    used = [
-        j
-        for j, site in enumerate(columns)
-        if (site.kind in kinds and site.name not in beside)
-        or (site.kind == "stack" and recipe.when.uses_stack)
-        or fnmatch.fnmatchcase(site.name, recipe.where)
-    ]
+    used = [j for j, site in enumerate(columns) if _meant(recipe.where, site) and site.name not in beside]
+    if not used:
+        known = ", ".join(dict.fromkeys(site.kind for site in columns))
+        names = "" if recipe.where in KINDS else f"; the first is named {columns[0].name!r}"
+        raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; it has: {known}{names}")
+    if recipe.when.uses_stack:
+        used = [j for j, site in enumerate(columns) if j in used or site.kind == "stack"]
     if isinstance(recipe.when, Table):
         plan = recipe.when.plan
         table = align(plan, columns)
@@ -364,10 +373,6 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
                 raise ValueError(
                     f"the plan computes some tokens of {site.name!r}, which is not a token-wise feed-forward"
                 )
-    if not any(site.kind in kinds or fnmatch.fnmatchcase(site.name, recipe.where) for site in columns):
-        known = ", ".join(dict.fromkeys(site.kind for site in columns))
-        names = f"; the first is named {columns[0].name!r}" if not kinds else ""
-        raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; it has: {known}{names}")
     recipe.when.fits([columns[j] for j in used])
     foreign = sorted(recipe.fill.names() - {columns[j].name for j in used})
     if foreign:

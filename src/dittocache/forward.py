@@ -125,7 +125,7 @@ class Forward:
     def network(self, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """A forward of the transformer itself, for recipes that reuse what it returns."""
         j = self.attachment.output
-        self.signature = signature = _signature(args, kwargs)
+        self.signature = signature = _signature(pack((args, kwargs)), {})
         if self.row[j] not in (None, COMPUTE) and self._ready(j):
             self.run.record(j, REUSE)
             return streams.unpack(self._filled(j), self._entry(j).form)
@@ -394,7 +394,7 @@ class Forward:
         if state is None:
             return COMPUTE
         gather = self.samples.gather
-        seen = None if signal is None else gather(signal)
+        seen = None if signal is None else gather(signal if signal.is_floating_point() else signal.float())
         look = Look(self.step, self.run.num_steps, site, gather(state), seen, forced=not ready)
         code = self.recipe.when.decide(look, self._entry(j).memory)
         if not ready:
@@ -525,7 +525,7 @@ class Forward:
     def _ready(self, j: int, signature: tuple[Any, ...] | None = None) -> bool:
         """Whether a site can be filled: enough is kept, for inputs like these, and nobody has changed it since."""
         entry = self._entry(j)
-        if entry.signature != (signature or self.signature) or not self.recipe.fill.ready(entry):
+        if entry.signature != (self.signature if signature is None else signature) or not self.recipe.fill.ready(entry):
             return False
         if entry.versions == _versions(entry):
             return True
@@ -556,7 +556,8 @@ class Forward:
         start: tuple[Tensor, ...] | None = None,
     ) -> None:
         """Keeps an output, or its change since `start`, for inputs of this signature."""
-        entry, values, signature = self._entry(j), pack(output), signature or self.signature
+        entry, values = self._entry(j), pack(output)
+        signature = self.signature if signature is None else signature
         changed = entry.versions != _versions(entry)
         if changed:
             self.attachment.aliased.add(j)
