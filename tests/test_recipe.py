@@ -51,7 +51,7 @@ def test_methods_are_documented():
         if name != "none":
             assert method.arxiv and method.arxiv in method.bibtex
         for p in method.parameters.values():
-            assert p.help and p.valid and p.type in ("int", "float", "bool", "choice", "pair", "steps", "data")
+            assert p.help and p.valid and p.type in ("int", "float", "bool", "choice", "pair", "steps", "numbers", "data")
             p.check(p.default)
         for settings in method.settings.values():
             needed = tiny.data_for(name) if settings.get("base") != "l2c" else tiny.data_for("l2c")

@@ -16,6 +16,7 @@ from dittocache.when import Counter, DualInterval, Every, ModuleIntervals, SoftI
 from dittocache.when.soft import AGGRESSIVE, CONSERVATIVE, FULL
 from dittocache.which import (
     SELECTORS,
+    Attended,
     AttentionReceived,
     Compress,
     RandomTokens,
@@ -24,11 +25,11 @@ from dittocache.which import (
     TokenNorm,
     ValueNorm,
 )
-from dittocache.which.ratios import SCHEDULES, default_factor, ratio_at, token_count
+from dittocache.which.ratios import SCHEDULES, factor_of, ratio_at, token_count
 from dittocache.which.scores import (
     attention_received,
     cross_attention_entropy,
-    cross_attention_entropy_rows,
+    entropy_rows,
     normalize,
     select,
     spatial_bonus,
@@ -38,6 +39,10 @@ from dittocache.which.scores import (
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attended(query, key, value=None):
+    return Attended(query, key, key if value is None else value, 0.5)
 
 
 # ---- attention received ---------------------------------------------------------------------------------------------
@@ -91,7 +96,7 @@ def test_by_default_memory_grows_with_the_tokens_not_their_square():
     sizes = {}
     for tokens in (2048, 4096):
         with Largest() as largest:
-            AttentionReceived().observe({"query": randn(1, 1, tokens, 4), "key": randn(1, 1, tokens, 4)}, 0.5)
+            AttentionReceived().observe(attended(randn(1, 1, tokens, 4), randn(1, 1, tokens, 4)), 1)
         sizes[tokens] = largest.numel
     assert sizes[4096] <= 2 * sizes[2048]
 
@@ -100,7 +105,7 @@ def test_by_default_memory_grows_with_the_tokens_not_their_square():
 def test_value_norms_prefer_small_values():
     v = randn(2, 3, 10, 4)
     expected = [[sum(1 - float(v[b, h, n].norm()) for h in range(3)) for n in range(10)] for b in range(2)]
-    observed = ValueNorm().observe({"value": v}, 1.0)
+    observed = ValueNorm().observe(attended(v, v, v), 1)
     assert torch.allclose(observed, torch.tensor(expected), atol=1e-5)
     assert torch.equal(value_norms(v.norm(dim=-1)), observed)
 
@@ -146,7 +151,8 @@ def test_entropy_of_rows_with_texts_of_their_own_is_that_of_texts_side_by_side()
     wide = torch.zeros(4, 6, 20)
     for row in range(4):
         wide[row, :, 5 * row : 5 * row + 5] = maps[row]
-    assert torch.allclose(cross_attention_entropy_rows(maps), cross_attention_entropy(wide)[:2], atol=1e-5)
+    rows = entropy_rows(maps, 2)
+    assert torch.allclose(normalize(1 + rows[:2] + rows[2:]), cross_attention_entropy(wide)[:2], atol=1e-5)
 
 
 @given(tokens=st.integers(1, 60), kinds=st.integers(1, 4), seed=st.integers(0, 999))
@@ -171,11 +177,11 @@ def test_base_scores_of_the_selectors():
     assert not torch.equal(RandomTokens().base(None, x, held, 2, generator), draws)
     odd = RandomTokens().base(None, x[:3], held[:3], 1, generator)
     assert odd.shape == (3, 10)
-    q = {"query": randn(1, 2, 10, 4), "key": randn(1, 2, 10, 4, seed=1)}
-    received = attention_received(q["query"], q["key"], 0.5)
+    q = attended(randn(1, 2, 10, 4), randn(1, 2, 10, 4, seed=1))
+    received = attention_received(q.query, q.key, 0.5)
     noise = RandomTokens().base(None, x[:1], held[:1], 1, torch.Generator().manual_seed(4))
     compress = Compress()
-    got = compress.base(compress.observe(q, 0.5), x[:1], held[:1], 1, torch.Generator().manual_seed(4))
+    got = compress.base(compress.observe(q, 1), x[:1], held[:1], 1, torch.Generator().manual_seed(4))
     assert torch.allclose(got, 0.5 * noise + 0.5 * received / received.max(), atol=1e-6)
 
 
@@ -228,6 +234,7 @@ def spec_ratio(schedule, r, i, k, t, l, d, n, kind):
         "linear-mode": r * (1.9 - 1.8 * i / t + 0.1 * ((i % n) / n - 0.5)),
         "layerwise": r * (1.9 - 1.8 * l / d),
         "pixart": r * (1.9 - 1.8 * k / t) * (1.6 - 1.2 * l / d) * {"cross-attention": 0.6, "feed-forward": 1.6}[kind],
+        "stdit3": r * {"cross-attention": 1 - 0.67 * 1.5, "feed-forward": 1 + 0.33 * 1.5}[kind],
         "flux": r * (1.5 - l / d) * 1.6,
     }[schedule]
 
@@ -244,9 +251,9 @@ def spec_ratio(schedule, r, i, k, t, l, d, n, kind):
 )
 def test_ratios_equal_the_formulas_of_the_spec(schedule, ratio, steps, position, depth, level, interval, cross):
     k, l = int(position * steps), int(level * depth)
-    kind = "cross-attention" if cross and schedule == "pixart" else "feed-forward"
+    kind = "cross-attention" if cross and schedule in ("pixart", "stdit3") else "feed-forward"
     expected = spec_ratio(schedule, ratio, steps - 1 - k, k, steps, l, depth - 1, interval, kind)
-    factor = 1.6 if schedule == "flux" else default_factor(schedule, kind)
+    factor = 1.6 if schedule == "flux" else factor_of(None, schedule, kind)
     got = ratio_at(schedule, ratio, factor, k, steps, l, depth - 1, interval)
     assert got == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
@@ -271,7 +278,17 @@ def test_ddim50_computes_nothing_in_the_first_quarter(index):
 
 
 def test_selectors_by_name():
-    assert set(SELECTORS) == {"attention", "value-norm", "random", "similarity", "norm", "compress", "straight"}
+    known = {
+        "attention",
+        "value-norm",
+        "cross-attention-entropy",
+        "random",
+        "similarity",
+        "norm",
+        "compress",
+        "straight",
+    }
+    assert set(SELECTORS) == known
     for name, cls in SELECTORS.items():
         assert cls.name == name
 

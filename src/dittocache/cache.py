@@ -369,9 +369,10 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
         for name in set(plan.fills or ()) - {recipe.fill.name}:
             raise ValueError(f"the plan names the fill {name!r}, but the recipe's fill is {recipe.fill.name!r}")
         for j, site in enumerate(columns):
-            if not site.selectable and ((table[:, j] > REUSE) & (table[:, j] < COMPUTE)).any():
+            some = ((table[:, j] > REUSE) & (table[:, j] < COMPUTE)).any()
+            if some and not (recipe.which is not None and recipe.which.selects(site)):
                 raise ValueError(
-                    f"the plan computes some tokens of {site.name!r}, which is not a token-wise feed-forward"
+                    f"the plan computes some tokens of {site.name!r}, but the recipe does not select there"
                 )
     recipe.when.fits([columns[j] for j in used])
     foreign = sorted(recipe.fill.names() - {columns[j].name for j in used})
@@ -381,24 +382,15 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
             f"where={recipe.where!r} finds in {description.model}"
         )
     if recipe.which is not None:
-        tokenwise = [entry for entry in description.entries if entry.site.selectable]
-        if not tokenwise:
+        chosen = {site.order for site in columns if recipe.which.selects(site)}
+        if not chosen:
             raise ValueError(f"{description.model} has no token-wise feed-forward to compute some tokens of")
-        if recipe.which.observes:
-            attentions = [entry.module for entry in description.entries if entry.site.kind == "attention"]
-            blocks_with = {entry.site.order for entry in tokenwise}
-            for entry in description.entries:
-                if entry.site.kind == "attention" and entry.site.order in blocks_with:
-                    reason = hooks.observable(entry.module, recipe.which.observes)
-                    if reason:
-                        raise ValueError(
-                            f"selector {recipe.which.name!r} does not work on {description.model}: {reason}; "
-                            "use value-norm, similarity, norm or random"
-                        )
-            if not attentions:
-                raise ValueError(
-                    f"selector {recipe.which.name!r} needs attention modules; {description.model} has none"
-                )
+        scored_by = (recipe.which.scored_by, "fused") if recipe.which.observes else ()
+        if scored_by and not chosen & {site.order for site in columns if site.kind in scored_by}:
+            raise ValueError(
+                f"selector {recipe.which.name!r} needs {scored_by[0]} modules; {description.model} has none beside "
+                "feed-forwards that compute some tokens"
+            )
     return used
 
 

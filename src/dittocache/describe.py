@@ -32,6 +32,9 @@ class Family:
             Returns NotImplemented for inputs it does not cover. Optional.
         package: the package that the classes are from; a class of another one that bears the same name is not meant.
         ff_input: path of the norm whose input are the tokens of the feed-forward before norm and modulation.
+        text: where text stands in a joint attention with the image, "first" or "last"; None: not known, or no text.
+        splits: some tokens of the fused projection can be computed: all that its mutes do besides attention is
+            token-wise.
     """
 
     blocks: tuple[str, ...]
@@ -40,6 +43,8 @@ class Family:
     reuse_block: ReuseBlock | None = None
     ff_input: Callable[[Any], str] | None = None
     package: str = "diffusers"
+    text: str | None = None
+    splits: bool = False
 
 
 FAMILIES: dict[str, Family] = {}
@@ -216,7 +221,7 @@ def describe(module: nn.Module) -> Description:
             block, indices, order = found[listed][block_name], [], len(description.blocks)
             for path, kind, child, mutes in _parts(block):
                 indices.append(len(description.entries))
-                tokenwise = kind.endswith("feed-forward") and _tokenwise(child)
+                tokenwise = _tokenwise(kind, child, _family(block))
                 site = Site(f"{block_name}.{path}", kind, listed, l, len(found[listed]), order, tokenwise)
                 description.entries.append(SiteModule(site, child, path, mutes))
             description.blocks.append(Block(block, block_name, tuple(indices), _family(block)))
@@ -291,7 +296,7 @@ def _stacks(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, nn.
             yield path, {f"{path}.{l}": block for l, block in enumerate(child)}
         elif not isinstance(module, nn.ModuleList) and _registered(child) and _parts(child):
             yield path, {path: child}
-        elif not _is_attention(child):
+        elif not is_attention(child):
             yield from _stacks(child, f"{path}.")
 
 
@@ -307,7 +312,7 @@ def _parts(block: nn.Module) -> list[tuple[str, str, nn.Module, tuple[nn.Module,
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, str, nn.Module]]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if _is_attention(child):
+        if is_attention(child):
             cross = getattr(child, "is_cross_attention", False) or name in ("cross_attn", "cross_attention")
             yield path, "cross-attention" if cross else "attention", child
         elif _is_feed_forward(name, child):
@@ -336,7 +341,7 @@ def _linears(entry: SiteModule, block: Block) -> Iterator[SiteModule]:
             yield SiteModule(linear, child, path)
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
     """diffusers' Attention, its AttentionModuleMixin classes, and look-alikes with their projections."""
     projections = ("to_q", "to_qkv", "qkv", "q_proj")
     return "Att" in type(module).__name__ and any(hasattr(module, name) for name in projections)
@@ -349,9 +354,17 @@ def _is_feed_forward(name: str, module: nn.Module) -> bool:
     return (named or classed) and linears >= 2
 
 
-def _tokenwise(module: nn.Module) -> bool:
-    """No part of a feed-forward mixes tokens: no convolutions, no norms over tokens."""
-    return not any(
+def _tokenwise(kind: str, module: nn.Module, family: Family) -> bool:
+    """Whether some tokens of a module can be computed on their own: nothing in it mixes them.
+
+    Feed-forwards without convolutions and norms over tokens, queries of a cross-attention, and fused projections of
+    families that say so.
+    """
+    if kind == "fused":
+        return family.splits
+    if kind == "cross-attention" and (getattr(module, "spatial_norm", None) or getattr(module, "group_norm", None)):
+        return False
+    return kind != "attention" and not any(
         "Conv" in type(m).__name__ or isinstance(m, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
         for m in module.modules()
     )

@@ -6,13 +6,14 @@ Here are the decisions and the tensors; the hooks that lead here, and the module
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from . import streams
@@ -21,6 +22,7 @@ from .fill import At, Entry
 from .plan import COMPUTE, OPEN, PARTIAL, REUSE
 from .run import Run
 from .samples import Samples, guidance_halves
+from .selection import Selection
 from .streams import Key, pack
 from .when import Look
 
@@ -80,17 +82,18 @@ class Forward:
         self.decision: bool | Tensor | None = None  # of all main stacks
         self.awaiting: int | None = None  # the stack that the next attention's input decides about
         self.start: Tensor | None = None  # the main stream before the first of all main stacks
+        self.began: tuple[int, ...] = ()  # its change counter then
+        self.spoilt = False  # the head has changed it in place, so nothing of this forward is worth keeping
         self.probe: Tensor | None = None  # what the head has changed in it
         self.previous: tuple[Block, tuple[Tensor, ...]] | None = None
         self.turns: dict[int, int] = {}  # calls of a site in this forward; some blocks call a feed-forward twice
-        self.seen: dict[str, Tensor] = {}
-        self.raw: Tensor | None = None
         self.kept = False
         self.scoring = 0.0  # FLOPs of scoring tokens, which belong to no part of the model
         self.counter: FlopCounterMode | None = None
         sample = _hidden(args, kwargs)
         self.grid = attachment.grid(sample)
         self.samples = self._samples(sample)
+        self.selection = None if run.recipe.which is None else Selection(self)
         key = None if sample is None else (tuple(sample.shape), sample.dtype)
         run.cost_key = key
         if key is not None and key not in attachment.costs and attachment.measuring.acquire(blocking=False):
@@ -128,7 +131,7 @@ class Forward:
         self.signature = signature = _signature(pack((args, kwargs)), {})
         if self.row[j] not in (None, COMPUTE) and self._ready(j):
             self.run.record(j, REUSE)
-            return streams.unpack(self._filled(j), self._entry(j).form)
+            return streams.unpack(self.filled(j), self.entry(j).form)
         output = original(*args, **kwargs)
         if self.row[j] is not None:
             self.row[j] = COMPUTE
@@ -167,11 +170,11 @@ class Forward:
             if row[j] not in (None, COMPUTE, OPEN) and not self._ready(j):
                 row[j] = COMPUTE
             elif row[j] == PARTIAL:
-                row[j] = self._share(j)
+                row[j] = self._tokens.share(j)
         # the shortcut has no inputs of modules to hand to a fill
         shortcut = None if self.recipe.fill.keeps_inputs else block.family.reuse_block
         if shortcut is not None and all(row[j] == REUSE for j in block.sites):
-            features = {self.attachment.entry(j).path: self._filled(j, together=True) for j in block.sites}
+            features = {self.attachment.entry(j).path: self.filled(j, together=True) for j in block.sites}
             output = shortcut(block.module, features, *args, **kwargs)
             if output is not NotImplemented:
                 self.run.record(list(block.sites), REUSE)
@@ -217,8 +220,7 @@ class Forward:
 
     def _enter(self, j: int, arguments: dict[Key, Any]) -> Passing:
         """A span begins. If it should be passed by but cannot, all of it is computed."""
-        if j in self.attachment.aliased and self.recipe.keeps == "change":
-            arguments = {key: v.clone() if isinstance(v, Tensor) else v for key, v in arguments.items()}
+        arguments = self._own(j, arguments)
         state = Passing(arguments, _counters(arguments), self.signature)
         code, stack = self.row[j], self.attachment.columns[j].kind == "stack"
         if code == OPEN and not stack:
@@ -227,11 +229,21 @@ class Forward:
         elif code == OPEN:
             if self.start is None:
                 self.start = streams.main_stream(arguments)
+                self.began = _counters({0: self.start})
             if self.decision is not None:
                 self._settle(j, state, self.decision)
         else:
             self._settle(j, state, code == COMPUTE)
         return state
+
+    def _own(self, j: int, arguments: dict[Key, Any]) -> dict[Key, Any]:
+        """Arguments that a change is reckoned from: copies if the model is known to change its streams in place, and of
+        inference tensors, which do not tell."""
+        if self.recipe.keeps != "change":
+            return arguments
+        if j not in self.attachment.aliased and not streams.main_stream(arguments).is_inference():
+            return arguments
+        return {key: v.clone() if isinstance(v, Tensor) else v for key, v in arguments.items()}
 
     def _settle(self, j: int, state: Passing, rows: bool | Tensor) -> None:
         """Whether a span is computed is known now."""
@@ -265,14 +277,39 @@ class Forward:
                 self.decision = True
         else:
             output = None
-            stream = streams.main_stream(arguments)
-            if when.head and self.recipe.fill.keeps_inputs and self.start is not None:
-                self.probe = stream - self.start
-            self._look(j, _embedding(block.module, args, kwargs) if when.signal == "embedding" else stream)
+            self._look(j, self._seen(j, block, args, kwargs))
         if self.recipe.where == "tail":  # the change is that of the blocks after the head
+            arguments = self._own(j, arguments)
             state.arguments, state.versions = arguments, _counters(arguments)
         self._settle(j, state, self.decision is None or self.decision)
         return output
+
+    def _seen(self, j: int, block: Block, args: Args, kwargs: Kwargs) -> Tensor:
+        """What all stacks are decided by, as this block is given it; and what the head has changed.
+
+        Raises:
+            RuntimeError: the block is given no embedding, or the head's output cannot be compared with its input.
+        """
+        when, stream = self.recipe.when, streams.main_stream(streams.given(args, kwargs))
+        if when.signal == "embedding":
+            embedding = _embedding(block.module, args, kwargs)
+            if embedding is None:
+                raise RuntimeError(
+                    f"{self.recipe.describe()} goes by the time embedding, but {block.name} "
+                    f"({type(block.module).__name__}) is given none: use indicator='modulated'"
+                )
+            return embedding
+        if when.head and self.start is not None:
+            if stream.shape != self.start.shape:
+                raise RuntimeError(
+                    f"the first {when.head} blocks make {list(stream.shape)} of {list(self.start.shape)}: their change "
+                    f"cannot be told; {self.recipe.describe()} needs fewer"
+                )
+            if self.began != _counters({0: self.start}):
+                self.attachment.aliased.update(i for i, column in enumerate(self.row) if column is not None)
+                self.spoilt = True
+            self.probe = stream - self.start if self.recipe.fill.keeps_inputs else None
+        return stream
 
     def _look(self, j: int, signal: Tensor | None) -> None:
         """Decides about all main stacks."""
@@ -307,6 +344,7 @@ class Forward:
     def _leave(self, j: int, state: Passing, block: Block, output: Any) -> Any:
         """A span ends: what it did is kept, or made up."""
         if state.rows is None:  # the head of all stacks reaches past this one
+            self.row[j] = COMPUTE
             self.run.record(j, COMPUTE)
             return output
         start: tuple[Tensor, ...] | None = None
@@ -319,11 +357,11 @@ class Forward:
             self.run.record(j, COMPUTE)
             if state.versions != _counters(state.arguments):
                 self.attachment.aliased.add(j)  # the model changes its streams in place: copies from now on
-            elif start is not None or self.recipe.keeps == "output":
+            elif not self.spoilt and (start is not None or self.recipe.keeps == "output"):
                 self._keep(j, output, self.probe, state.signature, start)
             return output
-        entry = self._entry(j)
-        filled = self._filled(j, self.probe)
+        entry = self.entry(j)
+        filled = self.filled(j, self.probe)
         if start is not None:
             filled = tuple((before + change).to(before.dtype) for before, change in zip(start, filled, strict=True))
         if state.rows is False:
@@ -351,16 +389,23 @@ class Forward:
         if code is None:
             return self._measured(j, original, args, kwargs)
         self.turns[j] = self.turns.get(j, -1) + 1
-        entry = self._entry(j)
+        entry = self.entry(j)
         if code == OPEN:
             decided = self._decide(j, streams.main_stream(streams.given(args, kwargs)))
             if isinstance(decided, Tensor):
                 return self._rows(j, decided, original, args, kwargs)
-            code = self.row[j] = self._share(j) if decided == PARTIAL else decided
+            code = self.row[j] = self._tokens.share(j) if decided == PARTIAL else decided
         if self.turns[j] and code != COMPUTE and not self._ready(j):
             code = COMPUTE
         inputs = _hidden(args, kwargs) if self.recipe.fill.keeps_inputs else None
         if code == COMPUTE:
+            if (
+                self.selection is not None
+                and j in self.selection.scorers.values()
+                and not self.attachment.entry(j).mutes
+            ):
+                plain, observed = original, self.selection.observed
+                original = lambda *a, **k: observed(j, plain, a, k)  # noqa: E731
             output = self._measured(j, original, args, kwargs)
             self._keep(j, output, inputs)
             self.run.record(j, COMPUTE)
@@ -371,14 +416,26 @@ class Forward:
         if code == REUSE:
             self.run.record(j, REUSE)
             together = all(self.row[i] in (REUSE, None) for i in self.attachment.mates[j])
-            return streams.unpack(self._filled(j, inputs, together), entry.form)
-        return self._partial(j, entry, code, original, args[0] if args else kwargs["hidden_states"])
+            return streams.unpack(self.filled(j, inputs, together), entry.form)
+        return self._tokens.partial(j, code, original, args, kwargs)
 
-    def mute(self, j: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def mute(self, fed: tuple[int, nn.Module], original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """A module that only feeds a fused site: hands its input on while that site is reused."""
         if self.awaiting is not None:
             self._signal(args, kwargs)
-        return _hidden(args, kwargs) if self.row[j] == REUSE else self._measured(j, original, args, kwargs)
+        j, module = fed
+        if self.row[j] == REUSE:
+            return streams.main_stream(streams.given(args, kwargs))
+        if self.selection is not None:
+            original = functools.partial(self.selection.feed, j, module, original)
+            return self._measured(j, lambda *a, **k: original(a, k), args, kwargs)
+        return self._measured(j, original, args, kwargs)
+
+    @property
+    def _tokens(self) -> Selection:
+        if self.selection is None:
+            raise RuntimeError("a partial step needs a recipe with `which`")
+        return self.selection
 
     def _signal(self, args: Args, kwargs: Kwargs) -> None:
         """The first attention of the first stack is reached: what it is given decides."""
@@ -396,21 +453,22 @@ class Forward:
         gather = self.samples.gather
         seen = None if signal is None else gather(signal if signal.is_floating_point() else signal.float())
         look = Look(self.step, self.run.num_steps, site, gather(state), seen, forced=not ready)
-        code = self.recipe.when.decide(look, self._entry(j).memory)
+        code = self.recipe.when.decide(look, self.entry(j).memory)
         if not ready:
             return COMPUTE  # the first step, or other inputs than what is kept belongs to
         if isinstance(code, Tensor):
             if code.any() and not code.all():
                 return code
             return COMPUTE if code.any() else REUSE
-        return REUSE if code == PARTIAL and (self.recipe.which is None or not site.selectable) else code
+        which = self.recipe.which
+        return REUSE if code == PARTIAL and (which is None or not which.selects(site)) else code
 
     def _rows(self, j: int, rows: Tensor, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """Computes some samples of the batch and fills the others. rows is a bool tensor [samples]."""
         computed, _ = self._picked(rows, original, streams.given(args, kwargs))
-        entry = self._entry(j)
+        entry = self.entry(j)
         inputs = _hidden(args, kwargs) if self.recipe.fill.keeps_inputs else None
-        filled = self._filled(j, inputs)
+        filled = self.filled(j, inputs)
         output = streams.unpack(
             tuple(
                 streams.put(self.samples.spread(rows, len(rest)), some, rest)
@@ -447,84 +505,13 @@ class Forward:
             entry.inputs = streams.choose(self.samples.spread(rows, len(inputs)), entry.inputs, inputs)
         entry.versions = _versions(entry)
 
-    def _share(self, j: int) -> float:
-        """The share of tokens that the selector wants at a partial step; with none of them, all grow older."""
-        site, entry = self.attachment.columns[j], self._entry(j)
-        tokens = entry.values[0][0].shape[1]
-        share = self.recipe.which.count(site, self.step, self.run.num_steps, tokens) / tokens
-        if share == REUSE:
-            self._grow_older(entry)
-        return float(share)
-
-    def _scores_due(self, j: int, tokens: int) -> bool:
-        """Whether a partial step scores tokens by this attention before it is computed again."""
-        which, run, sites = self.recipe.which, self.run, self.attachment.description.sites
-        for step in range(self.step, run.num_steps):
-            row = self.row if step == self.step else run.codes[step]
-            if step > self.step and row[j] == COMPUTE:
-                return False
-            codes = [row[j]]
-            for i in self.attachment.scored[j]:
-                counted = row[i] == PARTIAL
-                codes.append(which.count(sites[i], step, run.num_steps, tokens) / tokens if counted else row[i])
-            if any(code not in (None, REUSE, COMPUTE) for code in codes):
-                return True
-        return False
-
-    def _grow_older(self, entry: Entry) -> Tensor:
-        """Adds a call to the ages of all tokens, and returns the ages before."""
-        held = entry.values[0][0]
-        before = entry.ages
-        if before is None:
-            before = torch.zeros(held.shape[:2], dtype=torch.float32, device=held.device)
-        # out of place: an inference tensor could not be changed outside of inference mode
-        entry.ages = before + 1
-        self.kept = True
-        return before
-
-    def _partial(self, j: int, entry: Entry, share: float, original: Callable[..., Any], x: Tensor) -> Any:
-        """Computes some tokens of a token-wise module and writes them into the kept output."""
-        which, run = self.recipe.which, self.run
-        count = round(share * x.shape[1])
-        (held,) = self._filled(j, x if self.recipe.fill.keeps_inputs else None)
-        stored = held is entry.values[0][0]
-        ages = self._grow_older(entry)
-        if count:
-            observed = self._entry(self.attachment.scorer[j]).observed if j in self.attachment.scorer else None
-            inputs = x if self.raw is None else self.raw
-            base = which.base(observed, inputs, held, self.samples.halves, run.generator)
-            chosen = which.choose(which.score(base, ages, self._cells(which, x.shape[1]), self.samples.halves), count)
-            index = chosen.unsqueeze(-1)
-            computed = original(x.gather(1, index.expand(-1, -1, x.shape[-1])))
-            index = index.expand(-1, -1, held.shape[-1])
-            written = self.recipe.fill.write(entry, index, computed)
-            # a stand-in that is not itself what is kept stays what it is where nothing was computed
-            held = written if stored else held.scatter(1, index, computed)
-            entry.versions = _versions(entry)
-            entry.ages.scatter_(1, chosen, 0.0)  # type: ignore[union-attr]
-        run.record(j, count / x.shape[1])
-        return held.clone() if j in self.attachment.aliased else held
-
-    def _cells(self, which: Any, tokens: int) -> tuple[int, int] | None:
-        """The token grid, if it is that of these tokens and cells fit into it."""
-        if not which.spatial_bonus:
-            return None
-        known = self.grid is not None and self.grid[0] * self.grid[1] == tokens
-        if self.grid is None or not known or any(side % which.spatial_grid for side in self.grid):
-            self.run.note(
-                f"spatial_bonus is left out: {self.grid or 'an unknown grid'} does not divide into cells of "
-                f"{which.spatial_grid} x {which.spatial_grid} tokens"
-            )
-            return None
-        return self.grid
-
     # ---- entries ----------------------------------------------------------------------------------------------------
-    def _entry(self, j: int) -> Entry:
+    def entry(self, j: int) -> Entry:
         return self.run.entry(j, self.branch, self.turns.get(j, 0))
 
     def _ready(self, j: int, signature: tuple[Any, ...] | None = None) -> bool:
         """Whether a site can be filled: enough is kept, for inputs like these, and nobody has changed it since."""
-        entry = self._entry(j)
+        entry = self.entry(j)
         if entry.signature != (self.signature if signature is None else signature) or not self.recipe.fill.ready(entry):
             return False
         if entry.versions == _versions(entry):
@@ -535,13 +522,17 @@ class Forward:
     def _at(self, j: int, inputs: Tensor | None = None, together: bool = False) -> At:
         return At(self.step, self.run.num_steps, self.attachment.columns[j], inputs, together, self.samples)
 
-    def _filled(self, j: int, inputs: Tensor | None = None, together: bool = False) -> tuple[Tensor, ...]:
-        entry = self._entry(j)
+    def filled(self, j: int, inputs: Tensor | None = None, together: bool = False) -> tuple[Tensor, ...]:
+        entry = self.entry(j)
         filled = self.recipe.fill.fill(entry, self._at(j, inputs, together))
         if entry.steps[0] == self.step:  # the fill goes on from its own output
             entry.versions = _versions(entry)
             self.kept = True
         return tuple(t.clone() for t in filled) if self._copies(j, filled) else filled
+
+    def stamp(self, entry: Entry) -> None:
+        """What is kept was changed on purpose."""
+        entry.versions = _versions(entry)
 
     def _copies(self, j: int, values: tuple[Tensor, ...]) -> bool:
         """Whether copies are kept and handed out. Inference tensors do not tell if somebody changed them."""
@@ -556,7 +547,7 @@ class Forward:
         start: tuple[Tensor, ...] | None = None,
     ) -> None:
         """Keeps an output, or its change since `start`, for inputs of this signature."""
-        entry, values = self._entry(j), pack(output)
+        entry, values = self.entry(j), pack(output)
         signature = self.signature if signature is None else signature
         changed = entry.versions != _versions(entry)
         if changed:
@@ -575,35 +566,17 @@ class Forward:
         self.kept = True
 
     def _measured(self, j: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The module itself; measured where that is due, and observed where the recipe scores tokens by it."""
+        """The module itself, measured where that is due."""
         before = self.flops()
-        scored = j in self.attachment.scored
-        if scored:  # other modules run inside of it: its linear layers, where a cache keeps them
-            self.seen.clear()
         output = original(*args, **kwargs)
         if self.counter is not None:
             self.costs[j] += self.flops() - before
-        if not scored:
-            return output
-        if self.seen and self._scores_due(j, next(iter(self.seen.values())).shape[1]):
-            before = self.flops()
-            module: Any = self.attachment.entry(j).module
-            heads = {name: _split_heads(value, module.heads) for name, value in self.seen.items()}
-            scale = float(getattr(module, "scale", heads[next(iter(heads))].shape[-1] ** -0.5))
-            self._entry(j).observed = self.recipe.which.observe(heads, scale)
-            self.scoring += self.flops() - before
-        self.seen.clear()
         return output
 
 
 def _of(step: Any, sample: int) -> Any:
     """The step at which a value of a sample was computed; None if there is none."""
     return step[sample] if isinstance(step, tuple) else step
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """[batch, tokens, heads * channels] to [batch, heads, tokens, channels]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

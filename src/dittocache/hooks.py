@@ -19,7 +19,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from . import clock, streams
-from .describe import Block, Description, SiteModule
+from .describe import Block, Description, SiteModule, is_attention
 from .forward import Forward
 from .run import active_runs
 from .streams import Key, Passage
@@ -65,19 +65,31 @@ class Attachment:
         self.measuring = threading.Lock()
         self.handles: list[Any] = []
         self.hooked: list[tuple[nn.Module, bool]] = []
-        self.observed: set[str] = set()
+        self.observed = False  # whether the raw tokens are listened to
         self.compiled = any(module._compiled_call_impl is not None for module in transformer.modules())
         self.patch = getattr(getattr(transformer, "config", None), "patch_size", 1)
-        # the attention whose tokens score those of a feed-forward
-        self.scorer: dict[int, int] = {}
-        for block in self.description.blocks:
-            scorers = [j for j in block.sites if self.entry(j).site.kind == "attention"]
-            self.scorer |= {j: scorers[0] for j in block.sites if scorers and self.entry(j).site.selectable}
-        self.scored = {j: [i for i in self.scorer if self.scorer[i] == j] for j in self.scorer.values()}
+        self.block_of = {j: block for block in description.blocks for j in block.sites}
+        self.scorers = {kind: self._scorers(kind) for kind in ("attention", "cross-attention")}
         self.mates = {j: group for b in self.description.blocks for group in (b.sites, b.linears) for j in group}
 
     def entry(self, j: int) -> SiteModule:
         return self.modules[j]
+
+    def _scorers(self, kind: str) -> dict[int, int]:
+        """Site -> the attention that scores its tokens: the first of that kind in its block; a fused site has its own."""
+        found: dict[int, int] = {}
+        for block in self.description.blocks:
+            kinds = {j: self.entry(j).site.kind for j in block.sites}
+            first = next((j for j in block.sites if kinds[j] == kind), None)
+            if first is not None:
+                found |= dict.fromkeys((j for j in block.sites if kinds[j] != "attention"), first)
+            elif kind == "attention":
+                found |= {j: j for j in block.sites if kinds[j] == "fused"}
+        return found
+
+    @staticmethod
+    def is_attention(module: nn.Module) -> bool:
+        return is_attention(module)
 
     def grid(self, sample: Tensor | None) -> tuple[int, int] | None:
         """(height, width) in tokens of an image-like input [batch, channels, height, width]; None if not known."""
@@ -95,7 +107,7 @@ class Attachment:
         for j, entry in enumerate(self.description.entries):
             self._hook(entry.module, _SiteHook(self, j))
             for module in entry.mutes:
-                self._hook(module, _MuteHook(self, j))
+                self._hook(module, _MuteHook(self, (j, module)))
         for block in self.description.blocks:
             self._hook(block.module, _BlockHook(self, block))
         self._forget_registries()
@@ -110,19 +122,13 @@ class Attachment:
             self._forget_registries()
 
     def observe(self, which: Any) -> None:
-        """Listens to the projections that a selector scores tokens by, or to the raw tokens."""
-        for name in (*which.observes, *(["input"] if which.uses_input else [])):
-            if name in self.observed:
-                continue
-            self.observed.add(name)
+        """Listens to the raw tokens, if a selector scores by them."""
+        if which.uses_input and not self.observed:
+            self.observed = True
             for block in self.description.blocks:
-                if name == "input":
-                    path = block.family.ff_input(block.module) if block.family.ff_input else None
-                    if path is not None:
-                        self.handles.append(block.module.get_submodule(path).register_forward_pre_hook(self._see_input))
-                    continue
-                for j in {self.scorer[i] for i in block.sites if i in self.scorer}:
-                    self.handles += _listen(self.entry(j).module, name, self._see)
+                path = block.family.ff_input(block.module) if block.family.ff_input else None
+                if path is not None:
+                    self.handles.append(block.module.get_submodule(path).register_forward_pre_hook(self._see_input))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -216,15 +222,10 @@ class Attachment:
             _forward.set(None)
             forward.close(failed=output is None)
 
-    def _see(self, name: str, value: Tensor) -> None:
-        forward = _forward.get()
-        if forward is not None and forward.attachment is self and name in getattr(forward.recipe.which, "observes", ()):
-            forward.seen[name] = value
-
     def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         forward = _forward.get()
-        if forward is not None and forward.attachment is self:
-            forward.raw = args[0] if getattr(forward.recipe.which, "uses_input", False) else None
+        if forward is not None and forward.attachment is self and forward.selection is not None:
+            forward.selection.raw = args[0] if forward.recipe.which.uses_input else None
 
 
 class _Hook(ModelHook):
@@ -345,25 +346,3 @@ def foreign_cache(transformer: nn.Module) -> str | None:
             if any(word in name.lower() for word in foreign):
                 return str(name)
     return None
-
-
-def observable(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """Why the projections of an attention module cannot be observed, or None if they can."""
-    fused = hasattr(module, "to_qkv") or hasattr(module, "to_kv")
-    if not hasattr(module, "heads") or not (fused or hasattr(module, "to_v")):
-        return f"{type(module).__name__} has no separate projections"
-    processor = type(getattr(module, "processor", None)).__name__
-    plain = processor in ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "XFormersAttnProcessor")
-    if "query" in names and (not plain or getattr(module, "norm_q", None) is not None):
-        return f"{type(module).__name__} with {processor} is not plain dot-product attention"
-    return None
-
-
-def _listen(attention: nn.Module, name: str, see: Callable[[str, Tensor], None]) -> list[Any]:
-    """Forward hooks on the projection that yields `query`, `key` or `value`."""
-    fused = getattr(attention, "to_qkv", None)
-    if fused is not None and getattr(attention, "fused_projections", False):
-        part = ("query", "key", "value").index(name)
-        return [fused.register_forward_hook(lambda m, a, out: see(name, out.chunk(3, dim=-1)[part]))]
-    projection = getattr(attention, {"query": "to_q", "key": "to_k", "value": "to_v"}[name])
-    return [projection.register_forward_hook(lambda m, a, out: see(name, out))]

@@ -50,11 +50,6 @@ class Site:
     order: int
     tokenwise: bool = False
 
-    @property
-    def selectable(self) -> bool:
-        """Whether a recipe may compute some of its tokens only. Text is never thinned out."""
-        return self.tokenwise and self.kind == "feed-forward"
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -306,15 +307,46 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Annotation of a rank: one whole number, or one for every kind of layer."""
+class PerKind:
+    """Annotation of a number that may differ by kind of site or layer: {kind: number}, or one for all.
 
+    `kinds` are those that are known, any if empty; `every` of them must be given, and then one for all is refused.
+    """
+
+    each: Int | Number
+    kinds: tuple[str, ...] = ()
+    help: str = ""
+    every: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if self.every and (not isinstance(value, Mapping) or set(value) != set(self.kinds)):
+            raise ValueError(f"{name} must be a number for each of {', '.join(self.kinds)}; got {show(value)}")
+        for kind, number in value.items() if isinstance(value, Mapping) else [(None, value)]:
+            if kind is not None and self.kinds:
+                check_choice(f"a kind in {name}", kind, self.kinds)
+            of = name if kind is None else f"{name} of {show(kind)}"
+            if isinstance(self.each, Int):
+                check_int(of, number, self.each.low, self.each.high)
+            else:
+                check_number(of, number, self.each.low, self.each.high)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Annotation of a list of real numbers; `count` of them, if it is fixed."""
+
+    low: float = -float("inf")
+    high: float = float("inf")
+    count: int | None = None
     help: str = ""
 
-    @staticmethod
-    def check(name: str, value: Any) -> None:
-        for kind, rank in value.items() if isinstance(value, Mapping) else [(None, value)]:
-            check_int(name if kind is None else f"{name} of {show(kind)}", rank, 1)
+    def check(self, name: str, value: Any) -> None:
+        flat = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim == 1)
+        listed = [*value] if flat else []
+        if not listed or self.count not in (None, len(listed)):
+            raise ValueError(f"{name} must be a list of {self.count or 'real'} numbers; got {show(value)}")
+        for one in listed:
+            check_number(f"every entry of {name}", one, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -412,15 +444,20 @@ def parameter(name: str, hint: Any, default: Any) -> Parameter:
     options = [a for a in typing.get_args(base) if a is not types.NoneType] if _is_union(base) else [base]
     optional, kind = _is_union(base), options[0]
     check: Callable[[Any], None]
-    if isinstance(note, Ranks):
-        valid = "1 or more, KIND: rank, or None"
-        return Parameter(name, "ranks", default, help_text, valid, lambda v: None if v is None else note.check(name, v))
+    if isinstance(note, PerKind):
+        kinds = ", ".join(note.kinds) or "KIND"
+        valid = f"{{{kinds}: number}}" + ("" if note.every else ", one number for all") + ", or None"
+        check = lambda v: None if v is None else note.check(name, v)  # noqa: E731
+        return Parameter(name, "numbers", default, help_text, valid, check)
     if isinstance(note, Data):
         valid = "tensors by name, or a file"
         return Parameter(name, "data", default, help_text, valid, lambda v: None, held=note.held)
     if isinstance(note, Steps):
         valid = f"whole numbers, {note.low} or more" if note.high is None else f"numbers {note.low} to {note.high}"
         type_name, check = "steps", lambda v: check_ints(name, v, note.low, note.high)
+    elif isinstance(note, Numbers):
+        valid = "real numbers" if note.count is None else f"{note.count} numbers"
+        type_name, check = "reals", lambda v: note.check(name, v)
     elif isinstance(note, Int):
         valid = f"{note.low} or more" if note.high is None else f"{note.low} to {note.high}"
         type_name, check = "int", lambda v: check_int(name, v, note.low, note.high)

@@ -61,13 +61,14 @@ class Run:
         used = [self.sites[j] for j in self.used]
         when = self.recipe.when.timed(self.timesteps)
         table = np.asarray(when.table(self.num_steps, used), dtype=np.float64)
-        selectable = np.array([site.selectable for site in used]) & (self.recipe.which is not None)
+        which = self.recipe.which
+        selectable = np.array([which is not None and which.selects(site) for site in used])
         table = np.where((table == PARTIAL) & ~selectable, REUSE, table)
         some = ((table > REUSE) & (table < COMPUTE) & ~selectable).any(0)
         if some.any():
             name = used[int(np.flatnonzero(some)[0])].name
-            reason = "needs a recipe with `which`" if self.recipe.which is None else "is not a token-wise feed-forward"
-            raise ValueError(f"the schedule computes some tokens of {name!r}, which {reason}")
+            reason = "a recipe needs `which` for that" if which is None else "the recipe does not select tokens there"
+            raise ValueError(f"the schedule computes some tokens of {name!r}, but {reason}")
         codes: list[list[float | None]] = []
         for row in table.tolist():
             full: list[float | None] = [None] * len(self.sites)

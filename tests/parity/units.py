@@ -20,7 +20,7 @@ from dittocache.train.objective import Objective, class_conditional
 from dittocache.train.steps import OuterSteps, Pairs
 from dittocache.when import Counter, DualInterval, Every, ModuleIntervals, SoftInterval
 from dittocache.which import scores
-from dittocache.which.ratios import default_factor, ratio_at, token_count
+from dittocache.which.ratios import factor_of, ratio_at, token_count
 
 Inputs = dict[str, Tensor]
 
@@ -54,6 +54,12 @@ def products(factors: Inputs) -> Inputs:
     return {name: factors[f"{name}_A"].double() @ factors[f"{name}_B"].double() for name in names}
 
 
+def entropy_score(maps: Tensor) -> Tensor:
+    """PixArt's base score [samples, tokens] from maps [2 x samples, tokens, text]."""
+    rows = scores.entropy_rows(maps, 2)
+    return scores.normalize(1 + rows.unflatten(0, (2, -1)).sum(0))
+
+
 def find(case: dict[str, Any]) -> Callable[[dict[str, Any], Inputs], Inputs] | None:
     """The function for a unit case, by what it tests."""
     what, settings = case.get("what", ""), case["settings"]
@@ -66,7 +72,7 @@ def find(case: dict[str, Any]) -> Callable[[dict[str, Any], Inputs], Inputs] | N
     if what.startswith("value-norm score (DiT)"):
         return lambda s, x: {"score": scores.normalize(scores.value_norms(x["x"]))}
     if what == "cross-attention entropy score from maps in the padded layout":
-        return lambda s, x: {"scores": torch.stack([scores.cross_attention_entropy_rows(m) for m in x["maps"]])}
+        return lambda s, x: {"scores": torch.stack([entropy_score(m) for m in x["maps"]])}
     if what.startswith("cross-attention entropy score"):
         return lambda s, x: {"score": scores.cross_attention_entropy(x["x"])}
     if what == "one router training step":
@@ -133,7 +139,7 @@ def pixart(settings: dict[str, Any], x: Inputs) -> Inputs:
 
     def counts(kind: str) -> Tensor:
         factor = settings["module_ratio_factor"][{"feed-forward": "mlp"}.get(kind, kind)]
-        assert factor == default_factor("pixart", kind)
+        assert factor == factor_of(None, "pixart", kind)
         numbers = [
             [
                 token_count(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..describe import SiteModule, describe
 from ..fill import At
-from ..recipe import Int, Ranks, Recipe, recipe
+from ..recipe import Int, PerKind, Recipe, recipe
 from .base import Calibrator, See, Seen, add
 from .channels import channel_statistic, channel_weights, low_rank_factors
 from .setup import Setup, timesteps
@@ -37,9 +37,10 @@ class CalibrateICC(Calibrator):
     ] = "activation-svd"
     rank: Annotated[
         int | dict[str, int] | None,
-        Ranks(
-            "rank of the factors: one for all, or by kind of layer (q, k, v, proj, fc1, fc2); None for a ninth of the "
-            "layer's, as the authors' 128 of 1152"
+        PerKind(
+            Int(1),
+            help="rank of the factors: one for all, or by kind of layer (q, k, v, proj, fc1, fc2); None for a ninth of "
+            "the layer's, as the authors' 128 of 1152",
         ),
     ] = None
 

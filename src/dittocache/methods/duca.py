@@ -1,23 +1,29 @@
-"""DuCa (arXiv 2412.18911), as its authors run it on DiT."""
+"""DuCa (arXiv 2412.18911), as its authors run it on DiT; settings for PixArt and Open-Sora."""
 
 from __future__ import annotations
 
 from ..recipe import Recipe, method
 from ..when import DualInterval
 from .toca import (
+    PIXART,
+    STDIT3,
+    FirstFull,
     Interval,
     IntervalWarp,
     LayerDivisor,
+    ModuleIntervalsOf,
     ModuleRatioFactor,
     PerBlockKind,
     Ratio,
     RatioSchedule,
     Selector,
+    SelectText,
     SensitiveWindow,
     ShareGuidanceIndices,
     SoftWeight,
     SpatialBonus,
     SpatialGrid,
+    StepOrder,
     token_wise,
 )
 
@@ -33,7 +39,11 @@ from .toca import (
   journal={arXiv preprint arXiv:2412.18911},
   year={2024}
 }""",
-    settings={"DiT-XL/2 256, DDIM 50 steps": {"interval": 3, "ratio": 0.05}},
+    settings={
+        "DiT-XL/2 256, DDIM 50 steps": {"interval": 3, "ratio": 0.05},
+        "PixArt-alpha 256, DPM-Solver++ 20 steps": {**PIXART, "interval": 3, "ratio": 0.75, "interval_warp": 0.0},
+        "Open-Sora 1.2, 30 steps": {**STDIT3, "interval": 3, "selector": "value-norm"},
+    },
 )
 def duca(
     interval: Interval = 3,
@@ -49,6 +59,10 @@ def duca(
     layer_divisor: LayerDivisor = None,
     per_block_kind: PerBlockKind = True,
     share_guidance_indices: ShareGuidanceIndices = False,
+    step_order: StepOrder = "down",
+    first_full: FirstFull = None,
+    module_intervals: ModuleIntervalsOf = None,
+    select_text: SelectText = False,
 ) -> Recipe:
     """ToCa, in which every other step between full ones skips all blocks and reuses the last hidden state."""
     return token_wise(DualInterval, locals())

@@ -57,12 +57,18 @@ def reuse_single(
     )
 
 
-register_family(Family(blocks=("FluxTransformerBlock",), reuse_block=reuse_dual, ff_input=lambda block: "norm2"))
+register_family(
+    Family(
+        blocks=("FluxTransformerBlock",), reuse_block=reuse_dual, ff_input=lambda block: "norm2", text="first"
+    )
+)
 register_family(
     Family(
         blocks=("FluxSingleTransformerBlock",),
         fused="proj_out",
         mutes=("attn", "proj_mlp", "act_mlp"),
         reuse_block=reuse_single,
+        text="first",
+        splits=True,
     )
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -58,27 +59,44 @@ class Counter(When):
 
 @dataclass(frozen=True)
 class ModuleIntervals(When):
-    """An interval of its own for every kind of site (ToCa's rule for Open-Sora: 3 / 3 / 6)."""
+    """An interval of its own for every kind of site (ToCa's rule for Open-Sora: 3 / 6 / 3)."""
 
     attention: int = 3
     cross_attention: int = 6
-    feed_forward: int = 3
+    mlp: int = 3
     first_full: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("attention", "cross_attention", "feed_forward", "first_full"):
+        for name in ("attention", "cross_attention", "mlp", "first_full"):
             check_int(name, getattr(self, name), 1)
 
     def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
         k = np.arange(num_steps)[:, None]
-        by_kind: Mapping[str, int] = {
-            "attention": self.attention,
-            "cross-attention": self.cross_attention,
-            "feed-forward": self.feed_forward,
-        }
-        interval = np.array([by_kind.get(site.kind, self.feed_forward) for site in sites])
+        by_kind: Mapping[str, int] = {"attention": self.attention, "cross-attention": self.cross_attention}
+        interval = np.array([by_kind.get(site.kind, self.mlp) for site in sites])
         return np.where((k < self.first_full) | (k % interval == 0), COMPUTE, PARTIAL)
+
+
+@dataclass(frozen=True)
+class DualModuleIntervals(ModuleIntervals):
+    """Between the full steps partial and aggressive ones in turn (DuCa's rule for Open-Sora).
+
+    With intervals 3 / 6 / 3 a cycle of six: F P A F P A, of cross-attention F P A P P A. In an aggressive step no block
+    is computed and the state that left the last block in the previous step enters the final layer.
+    """
+
+    uses_stack: ClassVar[bool] = True
+
+    def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
+        table = super().table(num_steps, sites)
+        k = np.arange(num_steps)
+        since = k % self.attention
+        aggressive = (k >= self.first_full) & (since > 0) & (since % 2 == 0)
+        table[aggressive] = REUSE
+        stack = [site.kind == "stack" for site in sites]
+        table[np.ix_(~aggressive, stack)] = COMPUTE
+        return table
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from .tokens import (
     SELECTORS,
+    Attended,
     AttentionReceived,
     Compress,
+    CrossAttentionEntropy,
     RandomTokens,
     Similarity,
     Straight,
@@ -14,8 +16,10 @@ from .tokens import (
 
 __all__ = [
     "SELECTORS",
+    "Attended",
     "AttentionReceived",
     "Compress",
+    "CrossAttentionEntropy",
     "RandomTokens",
     "Similarity",
     "Straight",

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 # (step slope, layer slope) of the schedules R F (1 + wl - 2 wl l/d)(1 + ws - 2 ws i/T)
 _LAYERED = {"ddim50": (2.0, -0.2), "ddpm250": (0.4, 0.8), "linear-layerwise": (0.4, 0.8)}
-SCHEDULES = (*_LAYERED, "constant", "linear", "exp", "linear-mode", "layerwise", "pixart", "flux")
+SCHEDULES = (*_LAYERED, "constant", "linear", "exp", "linear-mode", "layerwise", "pixart", "stdit3", "flux")
+# the authors' factors, by schedule and part
+_FACTORS = {
+    "pixart": {"cross_attention": 0.6, "mlp": 1.6},
+    "stdit3": {"cross_attention": 1 - 0.67 * 1.5, "mlp": 1 + 0.33 * 1.5},
+    "flux": {"double": 0.4, "single": 1.6},
+}
+# what the authors call the modules, by kind of site
+PARTS = {
+    "cross-attention": ("cross_attention",),
+    "feed-forward": ("mlp", "double"),
+    "context-feed-forward": ("mlp", "double"),
+    "fused": ("single",),
+}
 
 
-def default_factor(schedule: str, kind: str) -> float:
-    """The authors' module factor F for a kind of site; 1 where a schedule has none."""
-    if schedule in _LAYERED:
-        return 2.5
-    return {("pixart", "cross-attention"): 0.6, ("pixart", "feed-forward"): 1.6}.get((schedule, kind), 1.0)
+def factor_of(factors: Mapping[str, float] | float | None, schedule: str, kind: str) -> float:
+    """The module factor F for a kind of site: as given, else the authors' for the schedule, else 1."""
+    if isinstance(factors, (int, float)):
+        return float(factors)
+    known = {**_FACTORS.get(schedule, {}), **(factors or {})}
+    return next((known[part] for part in PARTS.get(kind, ()) if part in known), 2.5 if schedule in _LAYERED else 1.0)
 
 
 def ratio_at(
@@ -24,7 +40,7 @@ def ratio_at(
     Args:
         schedule: name of the schedule.
         ratio: base ratio R.
-        factor: module factor F, used by the layered schedules, `pixart` and `flux`.
+        factor: module factor F, used by the layered schedules, `pixart`, `stdit3` and `flux`.
         step: k, 0 = noisiest. The DiT schedules are written in i = T-1-k, `pixart` in k, `flux` in neither.
         num_steps: T.
         layer: block l.
@@ -47,6 +63,8 @@ def ratio_at(
         return ratio * (1.9 - 1.8 * depth)
     if schedule == "pixart":
         return ratio * (1.9 - 1.8 * step / num_steps) * (1.6 - 1.2 * depth) * factor
+    if schedule == "stdit3":
+        return ratio * factor
     if schedule == "flux":
         return ratio * (1.5 - depth) * factor
     raise ValueError(f"unknown ratio schedule {schedule!r}; known: {', '.join(SCHEDULES)}")

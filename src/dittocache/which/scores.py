@@ -45,6 +45,12 @@ def value_norms(norms: Tensor) -> Tensor:
     return (1 - norms).sum(1)
 
 
+def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Head-averaged softmax map [batch, queries, tokens], float32; arguments as in `attention_received`."""
+    logits = (query * scale) @ key.transpose(-2, -1)
+    return (logits if mask is None else logits + mask).softmax(-1, dtype=torch.float32).mean(1)
+
+
 def cross_attention_entropy(attention_map: Tensor) -> Tensor:
     """Score from a cross-attention map [batch, tokens, text], first half of the batch one guidance half (ToCa s2).
 
@@ -55,18 +61,14 @@ def cross_attention_entropy(attention_map: Tensor) -> Tensor:
     return normalize(1 + entropy).repeat(2, 1)
 
 
-def cross_attention_entropy_rows(attention_map: Tensor) -> Tensor:
-    """As `cross_attention_entropy` for rows [2 x samples, tokens, text] that attend to texts of their own.
+def entropy_rows(attention_map: Tensor, halves: int) -> Tensor:
+    """Entropy [rows, tokens] of maps [rows, tokens, text] whose rows attend to texts of their own.
 
-    In the authors' layout all texts stand side by side, so the mean of the halves is 0.5 times each of them and the
-    entropies of the two rows of a sample add up.
-
-    Returns:
-        [samples, tokens].
+    In the authors' layout all texts stand side by side, so the mean over the guidance halves is 1/halves times each of
+    them, and the entropies of the rows of a sample add up.
     """
-    half = 0.5 * attention_map
-    entropy = -(half * torch.log(half + 1e-7)).sum(-1)
-    return normalize(1 + entropy.unflatten(0, (2, -1)).sum(0))
+    share = attention_map / halves
+    return -(share * torch.log(share + 1e-7)).sum(-1)
 
 
 def spatial_bonus(score: Tensor, grid: tuple[int, int], cell: int, bonus: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,17 @@ from torch import Tensor
 from ..parts import Part, check_bool, check_choice, check_int, check_number
 from ..plan import Site
 from . import scores
-from .ratios import SCHEDULES, default_factor, ratio_at, token_count
+from .ratios import PARTS, SCHEDULES, factor_of, ratio_at, token_count
+
+
+class Attended(NamedTuple):
+    """What an attention handed to torch's kernel: [batch, heads, tokens, channels], scale and mask of the logits."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -22,27 +32,32 @@ class Which(Part):
     Args:
         ratio: base share R of the tokens to compute.
         ratio_schedule: how R varies over steps and blocks, see `which.ratios`.
-        module_ratio_factor: factor F of the schedule; None for the authors' value.
+        module_ratio_factor: factor F of the schedule, one for all modules or one for some of `cross_attention`, `mlp`,
+            `double` (the feed-forwards of dual-stream blocks) and `single` (single-stream blocks); None for the
+            authors' values.
         layer_divisor: the number block indices are divided by; None for depth - 1.
         interval: base interval N, the divisor of the age term.
         soft_weight: weight of the age term (ToCa s3); 0 for none.
         spatial_bonus: bonus for the best token of every cell (ToCa s4); None for none.
         spatial_grid: side of a cell in tokens.
         share_guidance_indices: one selection for both halves of batched guidance, from the mean of their scores.
+        select_text: text may be thinned out, too: its own feed-forwards, and blocks that hold text and image at once.
     """
 
     ratio: float = 0.07
     ratio_schedule: str = "ddim50"
-    module_ratio_factor: float | None = None
+    module_ratio_factor: Any = None
     layer_divisor: int | None = None
     interval: int = 3
     soft_weight: float = 0.25
     spatial_bonus: float | None = 0.6
     spatial_grid: int = 2
     share_guidance_indices: bool = False
+    select_text: bool = False
 
     name: ClassVar[str] = ""
-    observes: ClassVar[tuple[str, ...]] = ()  # projections of the attention module that `observe` wants to see
+    observes: ClassVar[bool] = False  # scores tokens by what an attention was handed
+    scored_by: ClassVar[str] = "attention"  # the kind of that attention
     uses_input: ClassVar[bool] = False  # `base` wants the tokens as they stand before the norm of the module
     normalized: ClassVar[bool] = True  # base scores are brought to unit L2 norm over the tokens
 
@@ -50,8 +65,7 @@ class Which(Part):
         super().__post_init__()
         check_number("ratio", self.ratio, 0, 1)
         check_choice("ratio_schedule", self.ratio_schedule, SCHEDULES)
-        if self.module_ratio_factor is not None:
-            check_number("module_ratio_factor", self.module_ratio_factor)
+        check_factors("module_ratio_factor", self.module_ratio_factor)
         if self.layer_divisor is not None:
             check_int("layer_divisor", self.layer_divisor, 1)
         check_int("interval", self.interval, 1)
@@ -60,13 +74,17 @@ class Which(Part):
             check_number("spatial_bonus", self.spatial_bonus, 0)
         check_int("spatial_grid", self.spatial_grid, 1)
         check_bool("share_guidance_indices", self.share_guidance_indices)
+        check_bool("select_text", self.select_text)
+
+    def selects(self, site: Site) -> bool:
+        """Whether partial steps compute some tokens of a site, rather than none."""
+        kinds = ("feed-forward", "cross-attention", *(("context-feed-forward", "fused") if self.select_text else ()))
+        return site.tokenwise and site.kind in kinds
 
     # ---- how many ---------------------------------------------------------------------------------------------------
     def count(self, site: Site, step: int, num_steps: int, tokens: int) -> int:
         """Number of tokens to compute at a site and step."""
-        factor = self.module_ratio_factor
-        if factor is None:
-            factor = default_factor(self.ratio_schedule, site.kind)
+        factor = factor_of(self.module_ratio_factor, self.ratio_schedule, site.kind)
         divisor = site.depth - 1 if self.layer_divisor is None else self.layer_divisor
         return token_count(
             ratio_at(self.ratio_schedule, self.ratio, factor, step, num_steps, site.block, divisor, self.interval),
@@ -74,9 +92,9 @@ class Which(Part):
         )
 
     # ---- which ------------------------------------------------------------------------------------------------------
-    def observe(self, seen: Mapping[str, Tensor], scale: float) -> Tensor | None:
-        """Raw score [batch, tokens] from the projections of a full attention, each [batch, heads, tokens, channels]."""
-        return None
+    def observe(self, seen: Attended, halves: int) -> Tensor:
+        """Raw score [batch, tokens] of an attention; `halves` is 2 if the batch holds two guidance halves, else 1."""
+        raise NotImplementedError
 
     def base(self, observed: Tensor | None, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         """Raw score of every token, before normalisation, age and bonus.
@@ -115,10 +133,10 @@ class AttentionReceived(Which):
     """ToCa's s1: attention received from all tokens, at the last full step of the block."""
 
     name = "attention"
-    observes = ("query", "key")
+    observes = True
 
-    def observe(self, seen: Mapping[str, Tensor], scale: float) -> Tensor:
-        return scores.attention_received(seen["query"], seen["key"], scale)
+    def observe(self, seen: Attended, halves: int) -> Tensor:
+        return scores.attention_received(seen.query, seen.key, seen.scale, mask=seen.mask)
 
     def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         return observed
@@ -129,13 +147,28 @@ class ValueNorm(Which):
     """1 - norm of the value vector, summed over heads: small values win. Known as `kv-norm` to the authors."""
 
     name = "value-norm"
-    observes = ("value",)
+    observes = True
 
-    def observe(self, seen: Mapping[str, Tensor], scale: float) -> Tensor:
-        return scores.value_norms(seen["value"].norm(dim=-1).float())
+    def observe(self, seen: Attended, halves: int) -> Tensor:
+        return scores.value_norms(seen.value.norm(dim=-1).float())
 
     def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         return observed
+
+
+@dataclass(frozen=True)
+class CrossAttentionEntropy(Which):
+    """ToCa's s2: entropy of a token's attention to the text, over both guidance halves; they share the indices."""
+
+    name = "cross-attention-entropy"
+    observes = True
+    scored_by = "cross-attention"
+
+    def observe(self, seen: Attended, halves: int) -> Tensor:
+        return scores.entropy_rows(scores.attention_map(seen.query, seen.key, seen.scale, seen.mask), halves)
+
+    def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
+        return (1 + observed.unflatten(0, (halves, -1)).sum(0)).repeat(halves, 1)
 
 
 @dataclass(frozen=True)
@@ -184,10 +217,10 @@ class Compress(RandomTokens):
     """Half random, half attention received relative to its maximum."""
 
     name = "compress"
-    observes = ("query", "key")
+    observes = True
 
-    def observe(self, seen: Mapping[str, Tensor], scale: float) -> Tensor:
-        received = scores.attention_received(seen["query"], seen["key"], scale)
+    def observe(self, seen: Attended, halves: int) -> Tensor:
+        received = scores.attention_received(seen.query, seen.key, seen.scale, mask=seen.mask)
         return received / received.amax(-1, keepdim=True)
 
     def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
@@ -206,7 +239,17 @@ class Straight(Which):
 
 
 SELECTORS: dict[str, type[Which]] = {
-    cls.name: cls for cls in (AttentionReceived, ValueNorm, RandomTokens, Similarity, TokenNorm, Compress, Straight)
+    cls.name: cls
+    for cls in (
+        AttentionReceived,
+        ValueNorm,
+        CrossAttentionEntropy,
+        RandomTokens,
+        Similarity,
+        TokenNorm,
+        Compress,
+        Straight,
+    )
 }
 
 
@@ -218,3 +261,13 @@ def selector(name: Any, **params: Any) -> Which:
     """
     check_choice("selector", name, SELECTORS)
     return SELECTORS[name](**params)
+
+
+def check_factors(name: str, value: Any) -> None:
+    """Raises a ValueError unless a value is None, a finite number, or finite numbers for some of the parts."""
+    known = tuple(dict.fromkeys(part for parts in PARTS.values() for part in parts))
+    for part, factor in value.items() if isinstance(value, Mapping) else [(None, value)]:
+        if part is not None:
+            check_choice(f"a part of {name}", part, known)
+        if factor is not None or part is not None:
+            check_number(name if part is None else f"{name} of {part}", factor)
