@@ -13,7 +13,7 @@ from dittocache import describe
 
 EXPECTED = {
     "dit": ([("attn1", "attention", False), ("ff", "feed-forward", True)], 3),
-    "pixart": ([("attn1", "attention", False), ("attn2", "cross-attention", False), ("ff", "feed-forward", True)], 3),
+    "pixart": ([("attn1", "attention", False), ("attn2", "cross-attention", True), ("ff", "feed-forward", True)], 3),
 }
 
 
@@ -47,7 +47,7 @@ def test_sites_of_flux():
                 ("ff_context", "context-feed-forward", True),
             )
         ),
-        *((f"single_transformer_blocks.{l}.proj_out", "fused", False) for l in range(2)),
+        *((f"single_transformer_blocks.{l}.proj_out", "fused", True) for l in range(2)),
         ("transformer_blocks", "stack", False),
         ("single_transformer_blocks", "stack", False),
     ]

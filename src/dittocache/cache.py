@@ -80,11 +80,11 @@ class Report:
 class Cache:
     """A recipe at work on a pipeline or a transformer. Made by `enable`; as a context manager it disables itself."""
 
-    def __init__(self, target: Any, transformer: nn.Module, recipe: Recipe, scheduler: Any) -> None:
+    def __init__(self, target: Any, recipe: Recipe, scheduler: Any) -> None:
         self.recipe = recipe
         self.enabled = False
         self._target = weakref.ref(target)
-        self._transformer = weakref.ref(transformer)
+        self._attachments: list[hooks.Attachment] = []
         # weak, like the others: a cache that was never disabled must not keep a model's weights alive
         self._scheduler = None if scheduler is None else weakref.ref(scheduler)
         self._watched: list[weakref.ref[Any]] = []
@@ -94,11 +94,16 @@ class Cache:
         self.used: list[int] = []
 
     # ---- on and off -------------------------------------------------------------------------------------------------
-    def _enable(self, target: Any, transformer: nn.Module, description: Description, used: list[int]) -> None:
+    def _enable(self, target: Any, transformers: list[nn.Module], found: list[Description], used: list[int]) -> None:
         self.used = used
-        self._attachment = hooks.attach(transformer, self, description)
-        self.description = self._attachment.description
-        if target is not transformer:
+        try:
+            for transformer, description in zip(transformers, found, strict=True):
+                self._attachments.append(hooks.attach(transformer, self, description))
+        except BaseException:
+            self._detach()
+            raise
+        self.description = self._attachments[0].description
+        if target not in transformers:
             clock.watch_call(target, self)
             self._watched.append(weakref.ref(target))
         if self.scheduler is not None:
@@ -115,11 +120,20 @@ class Cache:
             if run.owner is self:
                 run.close()
         self._unwatch(self._watched)
-        transformer, target = self._transformer(), self._target()
-        if transformer is not None:
-            hooks.detach(transformer, self)
+        self._detach()
+        target = self._target()
         if target is not None and self in _caches.get(target, []):
             _caches[target].remove(self)
+
+    def _detach(self) -> None:
+        for attachment in self._attachments:
+            transformer = attachment.transformer()
+            if transformer is not None:
+                hooks.detach(transformer, self)
+
+    def number(self, attachment: hooks.Attachment) -> int:
+        """Which of the target's networks this is, counted from 0."""
+        return self._attachments.index(attachment)
 
     def __enter__(self) -> Cache:
         return self
@@ -150,10 +164,13 @@ class Cache:
         if scheduler is not None and self not in clock.listeners(scheduler):
             self._unwatch([watched for watched in self._watched if watched() is not pipeline])
             self._watch(scheduler)
-        before = active_runs()
+        before, watched = active_runs(), list(self._watched)
+        token = clock.copies.set(self._watch)
         try:
             yield
         finally:
+            clock.copies.reset(token)
+            self._unwatch([copied for copied in self._watched if copied not in watched])
             for run in active_runs():
                 if run.owner is self and run not in before:
                     run.close()
@@ -215,13 +232,23 @@ class Cache:
         time = 1 - k / run.num_steps if run.timesteps is None else run.timesteps[k] / trained
         return self.recipe.fix.fix(predicted_noise, Level(k, run.num_steps, time, share))
 
-    def on_step(self, scheduler: Any) -> None:
-        """A step is over; the last one ends the run."""
+    def on_step(self, scheduler: Any, timestep: Any) -> None:
+        """A step is over; the last one ends the run.
+
+        Some pipelines step twice at a timestep, or step several copies of their scheduler: the furthest counts.
+        """
         run = self._current()
-        if run is not None:
+        if run is None:
+            return
+        done = getattr(scheduler, "_step_index", None)
+        if isinstance(done, int):
+            done -= getattr(scheduler, "begin_index", None) or 0
+        else:
+            done = run.position(timestep)
+        while (run.step_index or 0) < min(done, run.num_steps):
             run.advance()
-            if run.step_index == run.num_steps:
-                run.close()
+        if run.step_index == run.num_steps:
+            run.close()
 
     def _current(self) -> Run | None:
         return next((run for run in reversed(active_runs()) if run.owner is self), None)
@@ -283,8 +310,8 @@ class Cache:
 
         What is inside of another used site is counted there only if it has no column of its own.
         """
-        attachment = self._attachment
-        if key not in attachment.costs:
+        attachment = next((one for one in self._attachments if key in one.costs), None)
+        if attachment is None:
             return None, 0.0
         costs, spent = attachment.costs[key], {}
         inside = dict.fromkeys((block.name for block in self.description.blocks), 0.0)  # of a block, in used columns
@@ -415,31 +442,43 @@ def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) ->
     Nothing is changed unless everything fits.
     """
     chosen = resolve(recipe, **params)
-    transformer = _transformer_of(target)
-    if scheduler is None and target is not transformer:
+    transformers = _transformers_of(target)
+    if scheduler is None and target not in transformers:
         scheduler = getattr(target, "scheduler", None)
     has_clock = hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step") and not isinstance(scheduler, type)
     if scheduler is not None and not has_clock:
         raise TypeError(f"a scheduler is an object with set_timesteps and step; got {show(scheduler)}")
+    for transformer in transformers:
+        _check(transformer)
+    origin.check_model(chosen.made_for, transformers[0], scheduler)
+    found = [describe(transformer) for transformer in transformers]
+    if any(other.columns != found[0].columns for other in found):
+        names = " and ".join(description.model for description in found)
+        raise ValueError(f"{names} of this pipeline have different sites: enable each of them on its own")
+    used = wanted(chosen, found[0])
+    replaced = list(_caches.get(target, []))
+    if target in transformers and scheduler is not None:
+        replaced = [old for old in replaced if old.scheduler in (None, scheduler)]
+    for transformer in transformers:
+        replaced += [
+            old
+            for old in hooks.caches_on(transformer)
+            if old.scheduler is scheduler is not None and old not in replaced
+        ]
+    for old in replaced:
+        old.disable()
+    cache = Cache(target, chosen, scheduler)
+    cache._enable(target, transformers, found, used)
+    return cache
+
+
+def _check(transformer: nn.Module) -> None:
+    """Raises an error if a transformer cannot be cached as it stands."""
     foreign = hooks.foreign_cache(transformer)
     if foreign is not None:
         raise RuntimeError(f"a diffusers cache is already on ({foreign}); call transformer.disable_cache() first")
     if any(p.is_meta for p in transformer.parameters()):
         raise ValueError(f"{type(transformer).__name__} has parameters on the meta device: load its weights first")
-    origin.check_model(chosen.made_for, transformer, scheduler)
-    description = describe(transformer)
-    used = wanted(chosen, description)
-    replaced = list(_caches.get(target, []))
-    if target is transformer and scheduler is not None:
-        replaced = [old for old in replaced if old.scheduler in (None, scheduler)]
-    replaced += [
-        old for old in hooks.caches_on(transformer) if old.scheduler is scheduler is not None and old not in replaced
-    ]
-    for old in replaced:
-        old.disable()
-    cache = Cache(target, transformer, chosen, scheduler)
-    cache._enable(target, transformer, description, used)
-    return cache
 
 
 def disable(target: Any) -> None:
@@ -452,14 +491,14 @@ def _is_target(target: Any) -> bool:
     return isinstance(target, nn.Module) or hasattr(target, "components")
 
 
-def _transformer_of(target: Any) -> nn.Module:
-    """The denoiser of a pipeline, or the module itself."""
+def _transformers_of(target: Any) -> list[nn.Module]:
+    """The denoiser of a pipeline, or both of them where noise levels are shared out, or the module itself."""
     if isinstance(target, nn.Module):
-        return target
+        return [target]
     if not hasattr(target, "components"):
         raise TypeError(f"enable needs a diffusers pipeline or a torch module; got {type(target).__name__}")
-    for name in ("transformer", "unet"):
-        module = getattr(target, name, None)
-        if isinstance(module, nn.Module):
-            return module
+    for names in (("transformer", "transformer_2"), ("unet",)):
+        modules = [getattr(target, name, None) for name in names]
+        if any(isinstance(module, nn.Module) for module in modules):
+            return [module for module in modules if isinstance(module, nn.Module)]
     raise ValueError(f"{type(target).__name__} has neither a transformer nor a unet: nothing to cache")

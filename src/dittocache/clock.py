@@ -6,14 +6,18 @@ and `scheduler.step` once after every step. Observing these two on the scheduler
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
 import threading
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 _lock = threading.RLock()
+# what is told of the copies that a pipeline makes of its scheduler during a call: some step those instead
+copies: ContextVar[Callable[[Any], None] | None] = ContextVar("dittocache_copies", default=None)
 _observed: dict[tuple[type, tuple[str, ...]], type] = {}
 _listeners: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
@@ -27,8 +31,8 @@ class Listener(Protocol):
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         """A step's prediction is about to be handed to the scheduler; returns it, corrected or not."""
 
-    def on_step(self, scheduler: Any) -> None:
-        """A step is over."""
+    def on_step(self, scheduler: Any, timestep: Any) -> None:
+        """A step is over, that of this timestep."""
 
 
 def watch_scheduler(scheduler: Any, listener: Listener) -> None:
@@ -41,10 +45,10 @@ def watch_call(pipeline: Any, listener: Any) -> None:
     _watch(pipeline, listener, {"__call__": _call})
 
 
-def watch_forward(module: Any, listener: Any) -> None:
-    """Lets `listener.on_call(original, args, kwargs)` stand for every call of this module, until `unwatch`."""
-    if listener not in listeners(module):
-        _watch(module, listener, {"__call__": _forward})
+def watch_network(module: Any, listener: Any) -> None:
+    """Lets `listener.on_call(original, args, kwargs)` stand for every call of this module, and `on_context(name)`
+    surround its `cache_context`, with which diffusers' pipelines name guidance branches, until `unwatch`."""
+    _watch(module, listener, {"__call__": _forward, "cache_context": _cache_context})
 
 
 def unwatch(target: Any, listener: Any) -> None:
@@ -81,7 +85,7 @@ def _watch(target: Any, listener: Any, methods: dict[str, Callable[[Any], Any]])
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Copies and pickles are of the plain class: they are not watched."""
+    """Copies and pickles are of the plain class: they are not watched, but for those a pipeline makes in a call."""
     plain: Any = type(self).__mro__[1]
     function, args, *rest = plain.__reduce_ex__(self, protocol)
     if function is getattr(copyreg, "__newobj__"):  # noqa: B009  pickle insists on the object's own class there
@@ -90,7 +94,11 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _new(cls: Any, *args: Any) -> Any:
-    return cls.__new__(cls, *args)
+    new = cls.__new__(cls, *args)
+    watch = copies.get()
+    if watch is not None and hasattr(cls, "set_timesteps"):
+        watch(new)
+    return new
 
 
 def _set_timesteps(method: Any) -> Any:
@@ -129,7 +137,7 @@ def _step(method: Any) -> Any:
             model_output = listener.on_prediction(self, model_output, timestep, sample)
         result = method(self, model_output, *args, **kwargs)
         for listener in heard:
-            listener.on_step(self)
+            listener.on_step(self, timestep)
         return result
 
     return step
@@ -155,3 +163,15 @@ def _forward(method: Any) -> Any:
         return heard[0].on_call(original, args, kwargs) if heard else original(*args, **kwargs)
 
     return __call__
+
+
+def _cache_context(method: Any) -> Any:
+    @functools.wraps(method)
+    @contextlib.contextmanager
+    def cache_context(self: Any, name: str) -> Any:
+        with contextlib.ExitStack() as stack:
+            for listener in listeners(self):
+                stack.enter_context(listener.on_context(name))
+            yield stack.enter_context(method(self, name))
+
+    return cache_context

@@ -70,12 +70,14 @@ class Passing:
 class Forward:
     """One forward of one transformer within a run: the row it follows, and what it does at blocks and sites."""
 
-    def __init__(self, attachment: Attachment, run: Run, args: Args, kwargs: Kwargs) -> None:
+    def __init__(self, attachment: Attachment, run: Run, args: Args, kwargs: Kwargs, branch: str | None = None) -> None:
         self.attachment = attachment
         self.run = run
         self.recipe = run.recipe
         self.step = run.step_index or 0
-        self.branch = run.next_branch()
+        prompt = kwargs.get("encoder_hidden_states")
+        self.branch = run.next_branch(branch, prompt if isinstance(prompt, Tensor) else None)
+        self.network_number = run.owner.number(attachment)
         self.row = list(run.row())
         self.signature: tuple[Any, ...] = ()
         self.passing: dict[int, Passing] = {}
@@ -154,7 +156,7 @@ class Forward:
             output = self._within(spans, block, original, args, kwargs)
             self.previous = (block, pack(output))
             self.attachment.passed(block, output, arguments)
-        if self.counter:
+        if self.counter and block.spans:
             self.costs[block.spans[-1]] += self.flops() - before
         return output
 
@@ -507,7 +509,7 @@ class Forward:
 
     # ---- entries ----------------------------------------------------------------------------------------------------
     def entry(self, j: int) -> Entry:
-        return self.run.entry(j, self.branch, self.turns.get(j, 0))
+        return self.run.entry(j, self.branch, self.turns.get(j, 0), self.network_number)
 
     def _ready(self, j: int, signature: tuple[Any, ...] | None = None) -> bool:
         """Whether a site can be filled: enough is kept, for inputs like these, and nobody has changed it since."""

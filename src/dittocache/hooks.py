@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ _forward: ContextVar[Forward | None] = ContextVar("dittocache_forward", default=
 _attachments: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
 # FLOPs of all columns by input shape; they outlive a cache, so that the next one need not count again
 _costs: weakref.WeakKeyDictionary[nn.Module, dict[Any, list[float]]] = weakref.WeakKeyDictionary()
+_context: ContextVar[str | None] = ContextVar("dittocache_context", default=None)  # what a pipeline calls a branch
 _lock = threading.RLock()
 
 
@@ -36,6 +37,30 @@ class Span(NamedTuple):
     """A run of blocks that is passed by as a whole."""
 
     blocks: list[Block]
+
+
+class Blank:
+    """The passage of a block that changes shapes: zeros in the shapes of its outputs, which nothing may depend on."""
+
+    keys: tuple[Key | None, ...] = ()
+    known = whole = True
+
+    def __init__(self) -> None:
+        self.shapes: dict[Any, list[tuple[torch.Size, torch.dtype, torch.device]]] = {}  # by the inputs' shapes
+
+    @staticmethod
+    def _shapes(arguments: Mapping[Key, Any]) -> tuple[Any, ...]:
+        """All that the shape of an output can depend on: those of the tensors, and sizes."""
+        tensors = ((v.shape, v.dtype, v.device) for v in arguments.values() if isinstance(v, Tensor))
+        return *tensors, *(tuple(v) for v in arguments.values() if isinstance(v, (tuple, list)))
+
+    def learn(self, outputs: tuple[Tensor, ...], arguments: Mapping[Key, Any]) -> None:
+        self.shapes[self._shapes(arguments)] = [(t.shape, t.dtype, t.device) for t in outputs]
+
+    def through(self, arguments: Mapping[Key, Any]) -> tuple[Tensor, ...]:
+        """Real memory, not one expanded zero: some models write into what a block returns."""
+        made = self.shapes[self._shapes(arguments)]
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in made)
 
 
 class Attachment:
@@ -57,7 +82,7 @@ class Attachment:
         trunk = [n for stack in description.stacks if stack.main for n in stack.blocks]
         self.position = {block.name: len(trunk) for block in description.blocks}
         self.position |= {description.blocks[n].name: position for position, n in enumerate(trunk)}
-        self.passages: dict[str, tuple[Passage, Any]] = {}  # block -> how streams pass it, form of its output
+        self.passages: dict[str, tuple[Passage | Blank, Any]] = {}  # block -> how streams pass it, form of its output
         self.split = False  # whether the single linear layers are hooked as well
         self.caches: list[Any] = []
         self.aliased: set[int] = set()
@@ -76,7 +101,7 @@ class Attachment:
         return self.modules[j]
 
     def _scorers(self, kind: str) -> dict[int, int]:
-        """Site -> the attention that scores its tokens: the first of that kind in its block; a fused site has its own."""
+        """Site -> the attention that scores its tokens: the first of its block; a fused site has its own."""
         found: dict[int, int] = {}
         for block in self.description.blocks:
             kinds = {j: self.entry(j).site.kind for j in block.sites}
@@ -102,6 +127,7 @@ class Attachment:
 
     # ---- installing -------------------------------------------------------------------------------------------------
     def install(self, transformer: nn.Module) -> None:
+        clock.watch_network(transformer, self)
         self.handles.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
         self.handles.append(transformer.register_forward_hook(self._end, always_call=True))
         for j, entry in enumerate(self.description.entries):
@@ -131,6 +157,9 @@ class Attachment:
                     self.handles.append(block.module.get_submodule(path).register_forward_pre_hook(self._see_input))
 
     def remove(self) -> None:
+        transformer = self.transformer()
+        if transformer is not None:
+            clock.unwatch(transformer, self)
         for handle in self.handles:
             handle.remove()
         for module, fresh in self.hooked:
@@ -164,6 +193,10 @@ class Attachment:
     def passed(self, block: Block, output: Any, arguments: dict[Key, Any]) -> None:
         """Learns the form of a block's output, and guesses how its streams pass unless that is known."""
         outputs = streams.pack(output)
+        if block.reshapes:
+            blank, _ = self.passages.setdefault(block.name, (Blank(), streams.form_of(output)))
+            blank.learn(outputs, arguments)  # type: ignore[union-attr]
+            return
         if block.name in self.passages and self.passages[block.name][0].known:
             return
         alike = (
@@ -190,6 +223,15 @@ class Attachment:
         return block.name in self.passages and self.passages[block.name][0].whole
 
     # ---- the transformer's own forward ------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def on_context(self, name: str) -> Iterator[None]:
+        """Surrounds what a pipeline calls a branch of its own."""
+        token = _context.set(name)
+        try:
+            yield
+        finally:
+            _context.reset(token)
+
     def on_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Surrounds a call of the transformer where a recipe may reuse what the whole of it returns."""
         self._begin(None, args, kwargs)
@@ -211,7 +253,7 @@ class Attachment:
             return  # begun by `on_call`
         runs = [run for run in active_runs() if run.owner in self.caches and not run.ended]
         if runs and runs[-1].step_index is not None:
-            _forward.set(Forward(self, runs[-1], args, kwargs))
+            _forward.set(Forward(self, runs[-1], args, kwargs, _context.get()))
             return
         _forward.set(None)
         self.caches[-1].without_run()
@@ -280,8 +322,6 @@ def attach(transformer: nn.Module, cache: Any, description: Description) -> Atta
                 attachment.observe(cache.recipe.which)
             if any(j >= attachment.first_linear for j in cache.used):
                 attachment.split_up()
-            if attachment.output in cache.used:
-                clock.watch_forward(transformer, attachment)
         except BaseException:
             detach(transformer, cache)
             raise
@@ -324,8 +364,6 @@ def detach(transformer: nn.Module, cache: Any) -> None:
         attachment = _attachments.get(transformer)
         if attachment is not None and cache in attachment.caches:
             attachment.caches.remove(cache)
-            if not any(attachment.output in one.used for one in attachment.caches):
-                clock.unwatch(transformer, attachment)
             if not attachment.caches:
                 attachment.remove()
                 del _attachments[transformer]

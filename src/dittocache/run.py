@@ -7,6 +7,7 @@ transformer, never see each other's features.
 from __future__ import annotations
 
 import warnings
+import weakref
 from contextvars import ContextVar
 from typing import Any
 
@@ -43,12 +44,15 @@ class Run:
         self.codes = self._codes()
         self.step_index: int | None = None
         self.branch = -1
-        self.branches = 0
+        self.branches = 0  # most forwards of a step
+        self.numbered = False  # whether branches were given numbers, by `step(i, branch)`
+        self.prompts: list[tuple[weakref.ref[Any], Any]] = []  # what branches are conditioned on, to tell them by
+        self.named: dict[Any, int] = {}  # how often each branch was called in this step
         self.halves: dict[int, int] = {}  # by number of rows: how often batched guidance repeats the samples
         self.ended = False
         self.fixed = False  # whether a prediction was handed to the recipe's fix
         self.levels: tuple[torch.Tensor, torch.Tensor] | None = None  # of noise, for a fix that must know them
-        self.entries: dict[tuple[int, int, int], Entry] = {}
+        self.entries: dict[tuple[Any, ...], Entry] = {}
         self.shares = np.zeros((num_steps, len(self.sites)))
         self.calls = np.zeros((num_steps, len(self.sites)), dtype=np.int64)
         self.generator = torch.Generator().manual_seed(getattr(self.recipe.which, "seed", 0))
@@ -67,7 +71,7 @@ class Run:
         some = ((table > REUSE) & (table < COMPUTE) & ~selectable).any(0)
         if some.any():
             name = used[int(np.flatnonzero(some)[0])].name
-            reason = "a recipe needs `which` for that" if which is None else "the recipe does not select tokens there"
+            reason = "a recipe needs `which` for that" if which is None else "it is not token-wise, or text"
             raise ValueError(f"the schedule computes some tokens of {name!r}, but {reason}")
         codes: list[list[float | None]] = []
         for row in table.tolist():
@@ -104,7 +108,8 @@ class Run:
             raise ValueError(f"step {index} comes before step {self.step_index}; begin a new run instead")
         if not isinstance(branch, int) or isinstance(branch, bool) or branch < 0:
             raise ValueError(f"branch must be a whole number, 0 or more; got {branch!r}")
-        self.step_index, self.branch = int(index), branch - 1
+        self.step_index, self.branch, self.numbered = int(index), branch - 1, True
+        self.named.clear()
         if self in _active.get():
             self.__enter__()  # the next forward is this run's, whichever was at work before
 
@@ -112,12 +117,41 @@ class Run:
         """The next step begins."""
         self.step_index = 0 if self.step_index is None else self.step_index + 1
         self.branch = -1
+        self.named.clear()
 
-    def next_branch(self) -> int:
-        """Number of the guidance branch of a forward that begins now."""
+    def position(self, timestep: Any) -> int:
+        """Number of steps that are over once that of this timestep is; of equal ones, the first not yet over."""
+        now = self.step_index or 0
+        if self.timesteps is None or timestep is None:
+            return now + 1
+        time = float(timestep if not isinstance(timestep, torch.Tensor) else timestep.flatten()[0])
+        found = [k for k, known in enumerate(self.timesteps) if known == time]
+        ahead = [k for k in found if k >= now]
+        return ahead[0] + 1 if ahead else now if found else now + 1
+
+    def next_branch(self, name: str | None = None, prompt: Any = None) -> Any:
+        """The guidance branch of a forward that begins now: the n-th of a step, unless it can be told by more.
+
+        Pipelines may leave branches out for some steps, so the order alone can lie.
+
+        Args:
+            name: what the pipeline calls the branch.
+            prompt: what the forward is conditioned on; pipelines hand on the very same tensor in every step.
+        """
         self.branch += 1
         self.branches = max(self.branches, self.branch + 1)
-        return self.branch
+        if self.numbered:
+            return self.branch
+        branch: Any = name
+        if name is None:
+            self.prompts = [known for known in self.prompts if known[0]() is not None]
+            branch = next((of for seen, of in self.prompts if seen() is prompt), None) if prompt is not None else None
+            if branch is None:
+                branch = self.branch
+                if prompt is not None:
+                    self.prompts.append((weakref.ref(prompt), branch))
+        self.named[branch] = self.named.get(branch, 0) + 1
+        return branch if self.named[branch] == 1 else (branch, self.named[branch])
 
     def row(self) -> list[float | None]:
         """Codes of the current step; past the announced end everything is computed."""
@@ -128,9 +162,9 @@ class Run:
         return self.codes[k]
 
     # ---- records ----------------------------------------------------------------------------------------------------
-    def entry(self, site: int, branch: int, call: int = 0) -> Entry:
-        """What is remembered of a site, apart for every guidance branch and for every call within one forward."""
-        key = (site, branch, call)
+    def entry(self, site: int, branch: Any, call: int = 0, network: int = 0) -> Entry:
+        """What is remembered of a site, apart for every network, guidance branch and call within one forward."""
+        key = (site, branch, call, network)
         if key not in self.entries:
             self.entries[key] = Entry()
         return self.entries[key]

@@ -208,7 +208,7 @@ class Selection:
 
     # ---- fused sites ------------------------------------------------------------------------------------------------
     def _fed(self, j: int) -> Entry:
-        return self.run.entry(j, self.forward.branch, FED)
+        return self.run.entry(j, self.forward.branch, FED, self.forward.network_number)
 
     def feed(self, j: int, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module that only feeds a fused site, in a step that computes some of the site's tokens, or all of them.
