@@ -90,6 +90,7 @@ class Forward:
         self.previous: tuple[Block, tuple[Tensor, ...]] | None = None
         self.turns: dict[int, int] = {}  # calls of a site in this forward; some blocks call a feed-forward twice
         self.kept = False
+        self.plain: Callable[..., Any]  # the module that is being called, uncompiled; the hook says it
         self.scoring = 0.0  # FLOPs of scoring tokens, which belong to no part of the model
         self.counter: FlopCounterMode | None = None
         sample = _hidden(args, kwargs)

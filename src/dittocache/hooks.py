@@ -285,7 +285,8 @@ class _Hook(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         # what is called while FLOPs are counted would never be compiled again
         counted = self.compiled is None or forward.counter is not None
-        original = self.fn_ref.original_forward if counted else self.compiled
+        forward.plain = self.fn_ref.original_forward
+        original = forward.plain if counted else self.compiled
         return self.handle(forward)(self.target, original, args, kwargs)
 
 
