@@ -47,7 +47,11 @@ def test_sites_of_flux():
                 ("ff_context", "context-feed-forward", True),
             )
         ),
-        *((f"single_transformer_blocks.{l}.proj_out", "fused", True) for l in range(2)),
+        *(
+            (f"single_transformer_blocks.{l}.{path}", kind, kind == "fused")
+            for l in range(2)
+            for path, kind in (("proj_out", "fused"), ("attn", "attention"))
+        ),
         ("transformer_blocks", "stack", False),
         ("single_transformer_blocks", "stack", False),
     ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +36,7 @@ KINDS = {
     "model": ("model",),
 }
 
+_call: ContextVar[Any] = ContextVar("dittocache_call", default=None)  # the pipeline that is being called
 _caches: weakref.WeakKeyDictionary[Any, list[Cache]] = weakref.WeakKeyDictionary()
 
 
@@ -165,25 +168,46 @@ class Cache:
             self._unwatch([watched for watched in self._watched if watched() is not pipeline])
             self._watch(scheduler)
         before, watched = active_runs(), list(self._watched)
-        token = clock.copies.set(self._watch)
+        token, call = clock.copies.set(self._watch), _call.set(pipeline)
         try:
             yield
         finally:
             clock.copies.reset(token)
+            _call.reset(call)
             self._unwatch([copied for copied in self._watched if copied not in watched])
             for run in active_runs():
                 if run.owner is self and run not in before:
                     run.close()
 
     def on_begin(self, scheduler: Any) -> None:
-        """A run begins; whatever an earlier one left behind is forgotten."""
+        """A run begins; whatever an earlier one left behind is forgotten. Its first forward settles how long it is."""
         for run in active_runs():
             if run.owner is self:
                 run.close()
-        timesteps = scheduler.timesteps[getattr(scheduler, "begin_index", None) or 0 :]
-        run = self._start(len(timesteps), timesteps)
-        run.__enter__()
-        run.advance()
+        Run(self, functools.partial(self._settle, scheduler=scheduler)).__enter__()
+
+    def on_scale(self, scheduler: Any, timestep: Any) -> None:
+        """Image-to-image runs begin in the middle; with schedulers that have no begin index, only this tells where."""
+        run = self._current()
+        if run is not None and run.begin is not None:
+            run.first = timestep
+
+    def _settle(self, run: Run, scheduler: Any) -> None:
+        """How many steps the scheduler will be asked for, of all that it has, and which.
+
+        Its pipeline says so, except where it goes through them several times (in tiles, say).
+        """
+        timesteps = [float(t) for t in scheduler.timesteps]
+        pipeline = _call.get() if _call.get() is self._target() else None
+        steps = getattr(pipeline, "num_timesteps", len(timesteps))
+        first = getattr(scheduler, "begin_index", None) or 0
+        if run.first is not None and not first:
+            at = [k for k, t in enumerate(timesteps) if t == float(run.first)]
+            first = max([k for k in at if k + steps <= len(timesteps)], default=min(at, default=0))
+        # those that are stepped by copies of their scheduler only may go on for longer
+        if steps > len(timesteps) - first and getattr(pipeline, "scheduler", scheduler) is scheduler:
+            steps = len(timesteps) - first
+        self._start(run, steps, timesteps[first : first + steps] if first + steps <= len(timesteps) else None)
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         """Applies the recipe's fix to the noise in a prediction; predicted variances pass unchanged."""
@@ -232,32 +256,26 @@ class Cache:
         time = 1 - k / run.num_steps if run.timesteps is None else run.timesteps[k] / trained
         return self.recipe.fix.fix(predicted_noise, Level(k, run.num_steps, time, share))
 
-    def on_step(self, scheduler: Any, timestep: Any) -> None:
-        """A step is over; the last one ends the run.
+    def on_step(self, scheduler: Any) -> None:
+        """A step is over once the next forward begins: some pipelines step their scheduler twice, or copies of it too.
 
-        Some pipelines step twice at a timestep, or step several copies of their scheduler: the furthest counts.
+        The last one ends the run.
         """
         run = self._current()
-        if run is None:
-            return
-        done = getattr(scheduler, "_step_index", None)
-        if isinstance(done, int):
-            done -= getattr(scheduler, "begin_index", None) or 0
-        else:
-            done = run.position(timestep)
-        while (run.step_index or 0) < min(done, run.num_steps):
-            run.advance()
-        if run.step_index == run.num_steps:
-            run.close()
+        if run is not None and run.step_index is not None:
+            run.over = True
+            if run.step_index == run.num_steps - 1:
+                run.close()
 
     def _current(self) -> Run | None:
         return next((run for run in reversed(active_runs()) if run.owner is self), None)
 
     # ---- runs -------------------------------------------------------------------------------------------------------
-    def _start(self, num_steps: int, timesteps: Sequence[float] | None) -> Run:
+    def _start(self, run: Run, num_steps: int, timesteps: Sequence[float] | None) -> Run:
         origin.check_run(self.recipe.made_for, num_steps, timesteps)
-        self._last = Run(self, num_steps, timesteps)
-        return self._last
+        run.settle(num_steps, timesteps)
+        self._last = run
+        return run
 
     def run(self, num_steps: int, timesteps: Sequence[float] | None = None) -> Run:
         """An explicit clock for a raw loop: `with cache.run(T) as run: ... run.step(i)` (or `cache.step(i)`).
@@ -275,7 +293,7 @@ class Cache:
             raise ValueError(f"{len(timesteps)} timesteps were given for {num_steps} steps")
         if not self.enabled:
             raise RuntimeError("this cache was disabled; call dittocache.enable again")
-        return self._start(num_steps, timesteps)
+        return self._start(Run(self), num_steps, timesteps)
 
     def step(self, i: int, branch: int = 0) -> None:
         """Step i of the explicit run begins; call it before the forward of that step.
@@ -316,7 +334,7 @@ class Cache:
         costs, spent = attachment.costs[key], {}
         inside = dict.fromkeys((block.name for block in self.description.blocks), 0.0)  # of a block, in used columns
         for block in self.description.blocks:
-            for j in block.sites + block.linears:
+            for j in block.sites + block.inner + block.linears:
                 if j in used:
                     spent[j] = costs[j]
                     inside[block.name] += costs[j]
@@ -382,6 +400,8 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
     """
     columns = description.columns
     beside = {span.site.name for span in description.spans if not span.main} if recipe.where in SPANS else set()
+    if recipe.where == "module":  # in blocks with a fused site, that is the module
+        beside = {columns[j].name for block in description.blocks for j in block.inner}
     used = [j for j, site in enumerate(columns) if _meant(recipe.where, site) and site.name not in beside]
     if not used:
         known = ", ".join(dict.fromkeys(site.kind for site in columns))

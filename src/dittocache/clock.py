@@ -31,13 +31,18 @@ class Listener(Protocol):
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         """A step's prediction is about to be handed to the scheduler; returns it, corrected or not."""
 
-    def on_step(self, scheduler: Any, timestep: Any) -> None:
-        """A step is over, that of this timestep."""
+    def on_scale(self, scheduler: Any, timestep: Any) -> None:
+        """The input of this timestep's forward is being made."""
+
+    def on_step(self, scheduler: Any) -> None:
+        """A step is over."""
 
 
 def watch_scheduler(scheduler: Any, listener: Listener) -> None:
-    """Lets `listener` hear of `set_timesteps` and `step` of this scheduler object, until `unwatch`."""
-    _watch(scheduler, listener, {"set_timesteps": _set_timesteps, "set_begin_index": _set_begin_index, "step": _step})
+    """Lets `listener` hear of `set_timesteps`, `scale_model_input` and `step` of this scheduler, until `unwatch`."""
+    _watch(
+        scheduler, listener, {"set_timesteps": _set_timesteps, "scale_model_input": _scale_model_input, "step": _step}
+    )
 
 
 def watch_call(pipeline: Any, listener: Any) -> None:
@@ -112,18 +117,15 @@ def _set_timesteps(method: Any) -> Any:
     return set_timesteps
 
 
-def _set_begin_index(method: Any) -> Any:
-    """Image-to-image runs start in the middle of the timesteps and say so here, before their first step."""
-
+def _scale_model_input(method: Any) -> Any:
     @functools.wraps(method)
-    def set_begin_index(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        if getattr(self, "begin_index", None):
-            for listener in listeners(self):
-                listener.on_begin(self)
-        return result
+    def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        timestep = args[0] if args else kwargs.get("timestep")
+        for listener in listeners(self):
+            listener.on_scale(self, timestep)
+        return method(self, sample, *args, **kwargs)
 
-    return set_begin_index
+    return scale_model_input
 
 
 def _step(method: Any) -> Any:
@@ -137,7 +139,7 @@ def _step(method: Any) -> Any:
             model_output = listener.on_prediction(self, model_output, timestep, sample)
         result = method(self, model_output, *args, **kwargs)
         for listener in heard:
-            listener.on_step(self, timestep)
+            listener.on_step(self)
         return result
 
     return step
@@ -168,10 +170,10 @@ def _forward(method: Any) -> Any:
 def _cache_context(method: Any) -> Any:
     @functools.wraps(method)
     @contextlib.contextmanager
-    def cache_context(self: Any, name: str) -> Any:
+    def cache_context(self: Any, name: str, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
             for listener in listeners(self):
                 stack.enter_context(listener.on_context(name))
-            yield stack.enter_context(method(self, name))
+            yield stack.enter_context(method(self, name, **kwargs))
 
     return cache_context

@@ -67,12 +67,17 @@ class Layout:
         side: block lists that run beside the stacks that carry the sample (refiners of the text, control branches), or
             before them: never passed by.
         package: the package that the classes are from.
+        order: children that hold the blocks, in order of execution, where they are defined in another.
+        spans: `spans(model, description) -> spans or None`, in place of stacks and single blocks; it adds the blocks
+            that they are made of to the description. None: this model is not of that kind after all. Optional.
     """
 
     models: tuple[str, ...]
     interleaved: tuple[str, ...] = ()
     side: tuple[str, ...] = ()
     package: str = "diffusers"
+    order: tuple[str, ...] = ()
+    spans: Callable[[Any, Description], list[Span] | None] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {}
@@ -99,7 +104,9 @@ class SiteModule:
 class Block:
     """A block with its sites, as indices into `Description.columns`.
 
-    `spans` are the columns of the spans that it belongs to, the widest first: its stack's, then its own.
+    `spans` are the columns of the spans that it belongs to, the widest first: its stack's, then its own. `reshapes`:
+    its output is of another shape than its input, so that no stream can be handed through when it is passed by.
+    `inner` are attentions in front of a fused site, for recipes about attention alone.
     """
 
     module: nn.Module
@@ -108,14 +115,16 @@ class Block:
     family: Family
     linears: tuple[int, ...] = ()
     spans: tuple[int, ...] = ()
+    reshapes: bool = False
+    inner: tuple[int, ...] = ()
 
 
 @dataclass
 class Span:
-    """Blocks that can be passed by as a whole: a stack, or a single block.
+    """Blocks that can be passed by as a whole: a stack, a single block, or what lies below a skip branch of a U-Net.
 
     Attributes:
-        site: its column, of kind `stack` or `block`.
+        site: its column, of kind `stack` or `block`; in a U-Net `deep`, `block`, `resnet` or `resample`.
         blocks: numbers of the blocks in `Description.blocks`, in order of execution.
         main: it carries the sample: `where="stack"` is about all main stacks together.
     """
@@ -152,7 +161,7 @@ class Description:
 
     @property
     def columns(self) -> list[Site]:
-        """All that a plan can have a column for: the sites, single blocks, the whole network, single linear layers."""
+        """All that a plan can have a column for: the sites, other spans, the whole network, single linear layers."""
         blocks = [span.site for span in self.spans[len(self.stacks) :]]
         return [*self.sites, *blocks, self.output, *(entry.site for entry in self.linears)]
 
@@ -173,30 +182,46 @@ class Description:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.entries)} sites in {len(self.blocks)} blocks"]
-        for stack in self.stacks:
-            members = [self.blocks[n] for n in stack.blocks]
+        inner = [block for block in self.blocks if block.sites]
+        lines = [f"{self.model}: {len(self.entries)} sites in {len(inner)} blocks"]
+        lists = [(s.site.name, [self.blocks[n] for n in s.blocks], s.main) for s in self.stacks]
+        for name, members, main in lists or [("all", inner, True)] * bool(inner):
             classes = ", ".join(dict.fromkeys(type(b.module).__name__ for b in members))
             notes = ["with shortcut"] if members[0].family.reuse_block else []
-            notes += [] if stack.main else ["beside the sample"]
+            notes += [] if main else ["beside the sample"]
             noted = f" ({', '.join(notes)})" if notes else ""
-            lines.append(f"  {stack.site.name}: {len(members)} x {classes}{noted}")
+            lines.append(f"  {name}: {len(members)} x {classes}{noted}")
             seen: dict[tuple[str, str, str, bool], int] = {}
-            for j in (j for b in members for j in b.sites):
+            for j in (j for b in members for j in b.inner + b.sites):
                 e = self.entries[j]
                 key = (e.path, e.site.kind, type(e.module).__name__, e.site.tokenwise)
                 seen[key] = seen.get(key, 0) + 1
             for (path, kind, cls, tokenwise), count in seen.items():
                 lines.append(f"    {path:<14}{kind:<22}{cls:<24}{'token-wise' if tokenwise else '':<12}x {count}")
+        if not lists:
+            lines += self._spans()
         return "\n".join(lines)
+
+    def _spans(self) -> list[str]:
+        """The spans of a model without stacks: single ones by their kind, the others one by one."""
+        lines: list[str] = []
+        singles: dict[str, int] = {}
+        for span in self.spans:
+            first, last = (self.blocks[n] for n in (span.blocks[0], span.blocks[-1]))
+            if first is last and span.site.name == first.name:
+                key = f"{span.site.kind}: {{}} x {type(first.module).__name__}"
+                singles[key] = singles.get(key, 0) + 1
+            else:
+                lines.append(f"  {span.site.name}: {len(span.blocks)} modules, {first.name} to {last.name}")
+        return [*(f"  {key.format(count)}" for key, count in singles.items()), *lines]
 
 
 def describe(module: nn.Module) -> Description:
     """Finds the sites of a transformer.
 
     Args:
-        module: a diffusers transformer, a pipeline with one, or any module with lists of blocks that hold attention or
-            feed-forward parts.
+        module: a diffusers transformer or U-Net, a pipeline with one, or any module with lists of blocks that hold
+            attention or feed-forward parts.
 
     Returns:
         A `Description`; printing it shows a table.
@@ -205,12 +230,13 @@ def describe(module: nn.Module) -> Description:
         TypeError: not a module.
         ValueError: no repeated blocks with attention or feed-forward parts were found.
     """
-    module = getattr(module, "transformer", module) if not isinstance(module, nn.Module) else module
+    if not isinstance(module, nn.Module):
+        module = getattr(module, "transformer", None) or getattr(module, "unet", module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"describe needs a torch module; got {type(module).__name__}")
     description = Description(type(module).__name__)
     layout = _layout(module)
-    found = dict(_stacks(module, ""))
+    found = dict(sorted(_stacks(module, ""), key=lambda one: _place(one[0], layout)))
     lists = _in_turn(found, layout)
     modules = [id(block) for blocks in found.values() for block in blocks.values()]
     if len(set(modules)) < len(modules):
@@ -224,16 +250,25 @@ def describe(module: nn.Module) -> Description:
                 tokenwise = _tokenwise(kind, child, _family(block))
                 site = Site(f"{block_name}.{path}", kind, listed, l, len(found[listed]), order, tokenwise)
                 description.entries.append(SiteModule(site, child, path, mutes))
-            description.blocks.append(Block(block, block_name, tuple(indices), _family(block)))
+            inner = []
+            for path in _family(block).mutes:
+                child = block.get_submodule(path)
+                if is_attention(child):
+                    inner.append(len(description.entries))
+                    site = Site(f"{block_name}.{path}", "attention", listed, l, len(found[listed]), order)
+                    description.entries.append(SiteModule(site, child, path))
+            description.blocks.append(Block(block, block_name, tuple(indices), _family(block), inner=tuple(inner)))
         last = len(description.blocks) - 1
         site = Site(name, "stack", name, last - first, last - first + 1, last)
         description.spans.append(Span(site, tuple(range(first, last + 1)), not _beside(name, layout)))
-    if not description.entries:
+    own = layout.spans(module, description) if layout.spans is not None else None
+    if not description.entries and not own:
         raise ValueError(
             f"{type(module).__name__} has no list of blocks with attention or feed-forward parts: nothing to cache"
         )
     if not any(span.main for span in description.spans):  # nothing but lists deep inside, as in a U-Net
         description.spans = [Span(span.site, span.blocks) for span in description.spans]
+    description.spans = description.spans if own is None else own
     for stack in description.stacks:
         for l, n in enumerate(stack.blocks):
             if len(stack.blocks) > 1:  # a lone block is its stack
@@ -256,6 +291,12 @@ def _layout(module: nn.Module) -> Layout:
         if layout is not None and cls.__module__.split(".")[0] == layout.package:
             return layout
     return Layout(models=(type(module).__name__,))
+
+
+def _place(name: str, layout: Layout) -> int:
+    """Where a list of blocks stands in the order of execution; of a model without a stated one, where it is defined."""
+    first = name.split(".")[0]
+    return layout.order.index(first) if first in layout.order else -1
 
 
 def _in_turn(found: dict[str, dict[str, nn.Module]], layout: Layout) -> dict[str, list[tuple[str, int, str]]]:
@@ -343,7 +384,7 @@ def _linears(entry: SiteModule, block: Block) -> Iterator[SiteModule]:
 
 def is_attention(module: nn.Module) -> bool:
     """diffusers' Attention, its AttentionModuleMixin classes, and look-alikes with their projections."""
-    projections = ("to_q", "to_qkv", "qkv", "q_proj")
+    projections = ("to_q", "to_qkv", "qkv", "q_proj", "q_linear")
     return "Att" in type(module).__name__ and any(hasattr(module, name) for name in projections)
 
 

@@ -164,7 +164,7 @@ class Forward:
     def _run(self, block: Block, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """A block on its own: gated and added when all its sites are reused, else the model's own code."""
         row = self.row
-        for j in block.sites + block.linears if self.attachment.split else block.sites:
+        for j in block.sites + block.inner + (block.linears if self.attachment.split else ()):
             if row[j] == OPEN and self.attachment.entry(j).mutes:
                 # the modules that feed a fused site come before it, so it is decided here
                 decided = self._decide(j, streams.main_stream(streams.given(args, kwargs)))
@@ -422,16 +422,23 @@ class Forward:
             return streams.unpack(self.filled(j, inputs, together), entry.form)
         return self._tokens.partial(j, code, original, args, kwargs)
 
-    def mute(self, fed: tuple[int, nn.Module], original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-        """A module that only feeds a fused site: hands its input on while that site is reused."""
+    def mute(
+        self, fed: tuple[int, nn.Module, int | None], original: Callable[..., Any], args: Args, kwargs: Kwargs
+    ) -> Any:
+        """A module that only feeds a fused site: hands its input on while that site is reused.
+
+        An attention there is a site of its own as well, for recipes about attention alone.
+        """
+        j, module, inner = fed
+        if inner is not None and self.row[inner] is not None:
+            return self.site(inner, original, args, kwargs)
         if self.awaiting is not None:
             self._signal(args, kwargs)
-        j, module = fed
         if self.row[j] == REUSE:
             return streams.main_stream(streams.given(args, kwargs))
         if self.selection is not None:
-            original = functools.partial(self.selection.feed, j, module, original)
-            return self._measured(j, lambda *a, **k: original(a, k), args, kwargs)
+            feed = functools.partial(self.selection.feed, j, module, original)
+            return self._measured(j, lambda *a, **k: feed(a, k), args, kwargs)
         return self._measured(j, original, args, kwargs)
 
     @property

@@ -95,7 +95,7 @@ class Attachment:
         self.patch = getattr(getattr(transformer, "config", None), "patch_size", 1)
         self.block_of = {j: block for block in description.blocks for j in block.sites}
         self.scorers = {kind: self._scorers(kind) for kind in ("attention", "cross-attention")}
-        self.mates = {j: group for b in self.description.blocks for group in (b.sites, b.linears) for j in group}
+        self.mates = {j: group for b in self.description.blocks for group in (b.sites, b.inner, b.linears) for j in group}
 
     def entry(self, j: int) -> SiteModule:
         return self.modules[j]
@@ -130,10 +130,12 @@ class Attachment:
         clock.watch_network(transformer, self)
         self.handles.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
         self.handles.append(transformer.register_forward_hook(self._end, always_call=True))
-        for j, entry in enumerate(self.description.entries):
-            self._hook(entry.module, _SiteHook(self, j))
-            for module in entry.mutes:
-                self._hook(module, _MuteHook(self, (j, module)))
+        inner = {id(self.entry(j).module): j for block in self.description.blocks for j in block.inner}
+        for block in self.description.blocks:
+            for j in block.sites:
+                self._hook(self.entry(j).module, _SiteHook(self, j))
+                for module in self.entry(j).mutes:
+                    self._hook(module, _MuteHook(self, (j, module, inner.get(id(module)))))
         for block in self.description.blocks:
             self._hook(block.module, _BlockHook(self, block))
         self._forget_registries()
@@ -252,7 +254,7 @@ class Attachment:
         if module is not None and present is not None and present.attachment is self:
             return  # begun by `on_call`
         runs = [run for run in active_runs() if run.owner in self.caches and not run.ended]
-        if runs and runs[-1].step_index is not None:
+        if runs and runs[-1].reached():
             _forward.set(Forward(self, runs[-1], args, kwargs, _context.get()))
             return
         _forward.set(None)

@@ -7,7 +7,7 @@ transformer, never see each other's features.
 from __future__ import annotations
 
 import warnings
-import weakref
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,36 +29,54 @@ class Run:
     Args:
         recipe: the recipe that is followed.
         sites: the columns of the table; those the recipe does not want are None in `columns`.
-        num_steps: T, number of steps (network evaluations per branch).
-        timesteps: the scheduler's timesteps, for the trace; optional.
         owner: the cache that the run belongs to.
+        begin: called at the first forward; calls `settle`, and the first step has begun. Without it, `settle` has to be
+            called before, and steps are announced by `step`.
     """
 
-    def __init__(self, owner: Any, num_steps: int, timesteps: Any = None) -> None:
+    def __init__(self, owner: Any, begin: Callable[[Run], None] | None = None) -> None:
         self.owner = owner
         self.recipe = owner.recipe
-        self.num_steps = num_steps
-        self.timesteps = None if timesteps is None else [float(t) for t in timesteps]
+        self.begin = begin
+        self.first: Any = None  # the timestep that it begins with, where a scheduler was asked for that
+        self.num_steps = 0
+        self.timesteps: list[float] | None = None
         self.sites: list[Site] = owner.description.columns
         self.used: list[int] = owner.used
-        self.codes = self._codes()
+        self.codes: list[list[float | None]] = []
         self.step_index: int | None = None
+        self.over = False  # the scheduler has made its step: the next forward is the next step's
         self.branch = -1
         self.branches = 0  # most forwards of a step
         self.numbered = False  # whether branches were given numbers, by `step(i, branch)`
-        self.prompts: list[tuple[weakref.ref[Any], Any]] = []  # what branches are conditioned on, to tell them by
+        self.prompts: dict[Any, tuple[torch.Tensor, int]] = {}  # what branches are conditioned on, and their last step
         self.named: dict[Any, int] = {}  # how often each branch was called in this step
         self.halves: dict[int, int] = {}  # by number of rows: how often batched guidance repeats the samples
         self.ended = False
         self.fixed = False  # whether a prediction was handed to the recipe's fix
         self.levels: tuple[torch.Tensor, torch.Tensor] | None = None  # of noise, for a fix that must know them
         self.entries: dict[tuple[Any, ...], Entry] = {}
-        self.shares = np.zeros((num_steps, len(self.sites)))
-        self.calls = np.zeros((num_steps, len(self.sites)), dtype=np.int64)
+        self.shares = np.zeros((0, len(self.sites)))
+        self.calls = np.zeros((0, len(self.sites)), dtype=np.int64)
         self.generator = torch.Generator().manual_seed(getattr(self.recipe.which, "seed", 0))
         self.bytes_peak = 0
         self.cost_key: Any = None  # input shape under which the FLOPs were measured
         self.notes: list[str] = []
+
+    def settle(self, num_steps: int, timesteps: Sequence[float] | None = None) -> None:
+        """How long the run is.
+
+        Args:
+            num_steps: T, number of steps (network evaluations per branch).
+            timesteps: those of the scheduler, for the trace; optional.
+
+        Raises:
+            ValueError: the recipe does not fit them.
+        """
+        self.num_steps, self.timesteps = num_steps, None if timesteps is None else [float(t) for t in timesteps]
+        self.codes = self._codes()
+        self.shares = np.zeros((num_steps, len(self.sites)))
+        self.calls = np.zeros((num_steps, len(self.sites)), dtype=np.int64)
 
     def _codes(self) -> list[list[float | None]]:
         """The schedule with PARTIAL kept only where tokens can be computed on their own, as rows over all sites."""
@@ -108,7 +126,7 @@ class Run:
             raise ValueError(f"step {index} comes before step {self.step_index}; begin a new run instead")
         if not isinstance(branch, int) or isinstance(branch, bool) or branch < 0:
             raise ValueError(f"branch must be a whole number, 0 or more; got {branch!r}")
-        self.step_index, self.branch, self.numbered = int(index), branch - 1, True
+        self.step_index, self.branch, self.numbered, self.over = int(index), branch - 1, True, False
         self.named.clear()
         if self in _active.get():
             self.__enter__()  # the next forward is this run's, whichever was at work before
@@ -116,18 +134,18 @@ class Run:
     def advance(self) -> None:
         """The next step begins."""
         self.step_index = 0 if self.step_index is None else self.step_index + 1
-        self.branch = -1
+        self.branch, self.over = -1, False
         self.named.clear()
 
-    def position(self, timestep: Any) -> int:
-        """Number of steps that are over once that of this timestep is; of equal ones, the first not yet over."""
-        now = self.step_index or 0
-        if self.timesteps is None or timestep is None:
-            return now + 1
-        time = float(timestep if not isinstance(timestep, torch.Tensor) else timestep.flatten()[0])
-        found = [k for k, known in enumerate(self.timesteps) if known == time]
-        ahead = [k for k in found if k >= now]
-        return ahead[0] + 1 if ahead else now if found else now + 1
+    def reached(self) -> bool:
+        """A forward begins: whether it is known at which step."""
+        if self.begin is not None:
+            begin, self.begin = self.begin, None
+            begin(self)
+            self.advance()
+        elif self.over:
+            self.advance()
+        return self.step_index is not None
 
     def next_branch(self, name: str | None = None, prompt: Any = None) -> Any:
         """The guidance branch of a forward that begins now: the n-th of a step, unless it can be told by more.
@@ -136,22 +154,30 @@ class Run:
 
         Args:
             name: what the pipeline calls the branch.
-            prompt: what the forward is conditioned on; pipelines hand on the very same tensor in every step.
+            prompt: what the forward is conditioned on; other prompts are other branches.
         """
         self.branch += 1
         self.branches = max(self.branches, self.branch + 1)
         if self.numbered:
             return self.branch
-        branch: Any = name
-        if name is None:
-            self.prompts = [known for known in self.prompts if known[0]() is not None]
-            branch = next((of for seen, of in self.prompts if seen() is prompt), None) if prompt is not None else None
-            if branch is None:
-                branch = self.branch
-                if prompt is not None:
-                    self.prompts.append((weakref.ref(prompt), branch))
+        branch = name or (self.branch if prompt is None else self._prompted(prompt))
         self.named[branch] = self.named.get(branch, 0) + 1
-        return branch if self.named[branch] == 1 else (branch, self.named[branch])
+        return branch, self.named[branch]
+
+    def _prompted(self, prompt: torch.Tensor) -> Any:
+        """The branch of this prompt: pipelines hand on the very same tensor, or one like it, in every step."""
+        now = self.step_index or 0
+        known = {key: tensor for key, (tensor, _) in self.prompts.items()}
+        branch = next((key for key, tensor in known.items() if tensor is prompt), None)
+        branch = branch or next((key for key, tensor in known.items() if _equal(tensor, prompt)), None)
+        if branch is None:
+            branch = ("prompt", now, self.branch)
+            # prompts that change with every step would pile up
+            for old in [key for key, (_, last) in self.prompts.items() if last < now - 1]:
+                del self.prompts[old]
+                self.entries = {key: entry for key, entry in self.entries.items() if key[1][0] != old}
+        self.prompts[branch] = prompt, now
+        return branch
 
     def row(self) -> list[float | None]:
         """Codes of the current step; past the announced end everything is computed."""
@@ -223,11 +249,16 @@ class Run:
         self.ended = True
         self.suspend()
         self.entries.clear()
-        complete = self.calls[-1].any() and self.recipe.method != "none"
+        self.prompts.clear()
+        complete = self.calls[-1:].any() and self.recipe.method != "none"
         if complete and self.recipe.fix is not None and not self.fixed:
             self.note(f"{self.recipe.describe()} corrects predictions, but this run handed it none: call cache.fix")
         if complete and (self.shares == self.calls).all():
             self.note(f"{self.recipe.describe()} is on, but this run of {self.num_steps} steps skipped nothing")
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 
 def active_runs() -> tuple[Run, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,17 @@ from torch import Tensor
 
 import dittocache
 from dittocache.models.facebook_dit import convert_facebook_dit, load_facebook_dit
+from dittocache.models.stdit3 import load_stdit3
 from dittocache.models.uvit import load_uvit
 
 from . import sampling, units
 
 Case = dict[str, Any]
+Parameters = dict[str, Any]  # of a method, by name
 
-# settings that describe what the method always does, or that the network decides
-DESCRIPTIVE = {
-    "fora": {"cached"},
-    "toca": {"kind_decided"},
-    "duca": {"kind_decided", "aggressive", "last_block"},
-    "none": set(),
-    "l2c": {"router"},
-    "eoc": {"trend_steps"},
-    "goc": set(),
-    "icc": set(),
-    "eb-cache": {"codes", "table_order"},
-}
-
-
-class Missing(Exception):
-    """This version has no such method, network or sampler."""
+LOADERS = {"facebook-dit": load_facebook_dit, "stdit3": load_stdit3, "uvit": load_uvit}  # besides diffusers' classes
+CLASSES = {"DiT", "UViT", *sampling.CALLS}  # networks that can be called
+FOR_THE_RUN = {"noise", "random_scores"}  # artifacts that are handed to the sampler or the selector, not to the recipe
 
 
 class Pack:
@@ -51,26 +42,22 @@ class Pack:
 
     def missing(self, case: Case) -> str | None:
         """Why a case cannot run yet, or None."""
-        if case["method"] not in dittocache.methods():
-            return f"method {case['method']} does not exist yet"
+        method = case["method"]
+        if method not in dittocache.methods():
+            return f"method {method} does not exist yet"
         if case["kind"] == "unit":
-            return None if units.find(case) else f"unit case {case['id']} of {case['method']} has no counterpart yet"
-        network = self.data["networks"][case["network"]]
-        if network["kind"] not in ("facebook-dit", "diffusers", "uvit"):
+            return None if units.find(case) else f"unit case {case['id']} of {method} has no counterpart yet"
+        network, sampler = self.data["networks"][case["network"]], self.sampler(case)["kind"]
+        if network["kind"] not in ("diffusers", *LOADERS):
             return f"network {case['network']} ({network['kind']}) does not exist yet"
-        if case["method"] in DESCRIPTIVE and not runs_on(case, network):
-            return f"{case['method']} on {network['class']} does not exist yet"
-        if self.sampler(case)["kind"] not in (*sampling.UPDATES, sampling.UVIT):
-            return f"sampler {case['sampler']} does not exist yet"
-        if network.get("class") not in (
-            None,
-            "DiT",
-            "DiTTransformer2DModel",
-            "FluxTransformer2DModel",
-            "PixArtTransformer2DModel",
-            "UViT",
-        ):
+        if network["class"] not in CLASSES:
             return f"calling {network['class']} does not exist yet"
+        if sampler not in (*sampling.UPDATES, sampling.UVIT):
+            return f"sampler {case['sampler']} does not exist yet"
+        if method not in METHODS:
+            return f"settings of {method} are not read yet"
+        if network["class"] not in METHODS[method].networks:
+            return f"{method} on {network['class']} does not exist yet"
         return None
 
     def sampler(self, case: Case) -> dict[str, Any]:
@@ -99,10 +86,8 @@ class Pack:
     def network(self, name: str) -> torch.nn.Module:
         spec = self.data["networks"][name]
         state = self.tensors(spec["file"])
-        if spec["kind"] == "uvit":
-            return load_uvit(state, heads=spec["config"]["num_heads"])
-        if spec["kind"] == "facebook-dit":
-            return load_facebook_dit(state, heads=spec["config"]["num_heads"])
+        if spec["kind"] in LOADERS:
+            return LOADERS[spec["kind"]](state, heads=spec["config"]["num_heads"])
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["config"].items()}
         model = getattr(diffusers, spec["class"])(**config)
         if spec.get("layout") == "facebook-dit":
@@ -112,43 +97,105 @@ class Pack:
         return model.eval()
 
 
-def runs_on(case: Case, network: dict[str, Any]) -> bool:
-    is_dit = network["kind"] == "facebook-dit" or network.get("class") == "DiTTransformer2DModel"
-    return is_dit or case["method"] == "none" or (case["method"] == "l2c" and network["kind"] == "uvit")
-
-
-def recipe_of(goldens: Pack, case: Case) -> dittocache.Recipe:
-    """The recipe that the case's settings and artifacts name."""
-    method = case["method"]
-    settings = {k: v for k, v in case["settings"].items() if k not in DESCRIPTIVE[method]}
-    decided = case["settings"].get("kind_decided", "")
-    if decided:
-        settings["per_block_kind"] = decided.startswith("per block")
-    artifacts = {name: goldens.artifact(reference) for name, reference in case["artifacts"].items()}
-    if method == "eb-cache":
-        settings["table_order"] = case["settings"]["table_order"].split()[0]
-    if "router_logits" in artifacts:
-        settings["router_logits"] = artifacts["router_logits"]
-    if method == "l2c" and case["variant"] == "uvit":
-        settings["rows"] = "outer"
-    if method == "eoc":
-        settings["trend"] = trend_of(goldens, case, artifacts["trend"])
-    if method == "icc" and settings["factors"] != "reuse":
-        settings["factor_tensors"] = factors_of(goldens, case, artifacts)
-    return dittocache.recipe(method, **settings)
-
-
-def trend_of(goldens: Pack, case: Case, trend: Tensor) -> dict[str, Tensor]:
+# ---- settings -------------------------------------------------------------------------------------------------------
+def trend_of(goldens: Pack, case: Case, tensors: dict[str, Tensor]) -> Parameters:
     """The pack's [2, blocks, steps, tokens, channels] by site and step."""
     named = {}
     for entry in dittocache.describe(goldens.network(case["network"])).entries:
         kind = 0 if entry.site.kind == "attention" else 1
         for n, step in enumerate(case["settings"]["trend_steps"]):
-            named[f"{entry.site.name}@{step}"] = trend[kind, entry.site.block, n]
-    return named
+            named[f"{entry.site.name}@{step}"] = tensors["trend"][kind, entry.site.block, n]
+    return {"trend": named}
 
 
-def factors_of(goldens: Pack, case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The pack's factors, stacked over the blocks for every kind of linear layer, by site."""
+def factors_of(goldens: Pack, case: Case, tensors: dict[str, Tensor]) -> Parameters:
+    """The pack's factors, stacked over the blocks for every kind of linear layer, by site; none for plain reuse."""
+    if not tensors:
+        return {}
     linears = dittocache.describe(goldens.network(case["network"])).linears
-    return {f"{e.site.name}/{x}": tensors[f"{e.site.kind}_{x}"][e.site.block] for e in linears for x in "AB"}
+    sites = [(entry.site, letter) for entry in linears for letter in "AB"]
+    return {"factor_tensors": {f"{site.name}/{x}": tensors[f"{site.kind}_{x}"][site.block] for site, x in sites}}
+
+
+def by_name(goldens: Pack, case: Case, tensors: dict[str, Tensor]) -> Parameters:
+    return dict(tensors)
+
+
+def per_block_kind(decided: str) -> Parameters:
+    return {"per_block_kind": decided.startswith("per block")}
+
+
+DIT = ("DiT", "DiTTransformer2DModel")
+FLUX = ("FluxTransformer2DModel",)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """How settings and artifacts of a method's cases become its parameters: by their own names, except for these."""
+
+    networks: tuple[str, ...] = DIT  # classes that the method runs on
+    drop: tuple[str, ...] = ()  # settings that describe what the method always does, or that the network decides
+    become: dict[str, Callable[[Any], Parameters]] = field(default_factory=dict)  # settings of other names or values
+    artifacts: Callable[[Pack, Case, dict[str, Tensor]], Parameters] = by_name
+    variants: dict[str, Parameters] = field(default_factory=dict)  # what the variant of the case decides
+
+
+# what the authors' programs for a network always do, told by the ratio schedule that is theirs
+BY_SCHEDULE: dict[str, Parameters] = {
+    "pixart": {"sensitive_window": None, "step_order": "up"},
+    "flux": {"spatial_bonus": None, "select_text": True},
+}
+TOKENS: dict[str, Callable[[Any], Parameters]] = {
+    "kind_decided": per_block_kind,
+    "shared_indices": lambda shared: {"share_guidance_indices": shared},
+    "selector": lambda name: {"selector": "cross-attention-entropy" if name == "cross-entropy" else name},
+    "ratio_schedule": lambda name: {"ratio_schedule": name, **BY_SCHEDULE.get(name, {})},
+}
+SELECTING = (*DIT, "PixArtTransformer2DModel", "FluxTransformer2DModel", "STDiT3")
+METHODS = {
+    "none": Reads(networks=tuple(CLASSES)),
+    "fora": Reads(drop=("cached",)),
+    "toca": Reads(networks=SELECTING, become=TOKENS),
+    "duca": Reads(networks=SELECTING, drop=("aggressive", "last_block"), become=TOKENS),
+    "l2c": Reads(networks=(*DIT, "UViT"), drop=("router",), variants={"uvit": {"rows": "outer"}}),
+    "eoc": Reads(drop=("trend_steps",), artifacts=trend_of),
+    "goc": Reads(),
+    "icc": Reads(artifacts=factors_of),
+    "magcache": Reads(networks=FLUX, artifacts=lambda goldens, case, tensors: {"ratios": tensors["ratios"].tolist()}),
+    "pab": Reads(networks=FLUX),
+    "taylorseer": Reads(
+        networks=(*DIT, *FLUX),
+        drop=("sites", "factors_dtype"),  # a kept output is in its own dtype
+        become={"lite": lambda lite: {"lite": True} if lite else {"sites": "attention"}},
+        variants={"diffusers-hook": {"schedule": "diffusers"}},
+    ),
+    "teacache": Reads(networks=FLUX, drop=("coefficient_order",), variants={"authors": {"batch": "batch"}}),
+    "fbcache": Reads(
+        networks=FLUX,
+        become={"taylor_order": lambda n: {"order": n}, "channel_stride": lambda n: {"downsample_factor": n}},
+        variants={name: {"batch": "batch"} for name in ("paraattention", "diffusers-hook")},
+    ),
+    "dicache": Reads(
+        networks=FLUX,
+        become={"error": lambda words: {"error": "probe" if words == "probe change" else "difference"}},
+        variants={"authors": {"batch": "batch"}},
+    ),
+    "deepcache": Reads(
+        networks=("UNet2DConditionModel",), drop=("level", "layer"), become={"branch": lambda b: {"branch_id": b}}
+    ),
+    "eb-cache": Reads(drop=("codes",), become={"table_order": lambda words: {"table_order": words.split()[0]}}),
+}
+
+
+def recipe_of(goldens: Pack, case: Case) -> dittocache.Recipe:
+    """The recipe that the case's settings, artifacts and variant name."""
+    reads = METHODS[case["method"]]
+    settings: Parameters = {}
+    for name, value in case["settings"].items():
+        if name in reads.become:
+            settings |= reads.become[name](value)
+        elif name not in reads.drop:
+            settings[name] = value
+    tensors = {name: goldens.artifact(entry) for name, entry in case["artifacts"].items() if name not in FOR_THE_RUN}
+    settings |= reads.artifacts(goldens, case, tensors) | reads.variants.get(case["variant"], {})
+    return dittocache.recipe(case["method"], **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,15 @@ from torch import Tensor
 
 from dittocache.models import dpm_solver
 
-Predict = Callable[[Tensor, float], Tensor]  # (x, timestep) -> network output, after guidance
+Inputs = dict[str, Tensor]
+
+
+class Sampled(NamedTuple):
+    """What a run yields."""
+
+    latents: Tensor
+    predictions: Tensor  # handed to the sampler at every step [steps, ...]
+    outputs: Tensor  # raw ones of the network at every step, the channels that are predictions [steps, ...]
 
 
 def f32(values: Any) -> Any:
@@ -67,61 +75,146 @@ def dpmpp(x: Tensor, k: int, out: Tensor, spec: dict[str, Any], memory: dict[str
     return new
 
 
+def rectified_flow(x: Tensor, k: int, out: Tensor, spec: dict[str, Any], memory: dict[str, Any]) -> Tensor:
+    times = [*spec["timesteps"], 0.0]
+    return x + (times[k] - times[k + 1]) / 1000 * out[:, : x.shape[1]]
+
+
 UVIT = "dpm-solver-2-singlestep"  # a loop of its own, see sample_uvit
 UPDATES = {
     "ddim": ddim,
     "ddpm-ancestral": ancestral,
     "flow-match-euler": flow,
+    "rectified-flow-euler": rectified_flow,
     "dpm-solver++ multistep, order 2": dpmpp,
 }
 
 
-def call(model: torch.nn.Module, x: Tensor, t: float, inputs: dict[str, Tensor], guidance: dict[str, Any]) -> Tensor:
-    """One guided prediction for the rows of x; a single call of the network holds both guidance halves."""
+def scheduler_times(spec: dict[str, Any]) -> list[float] | None:
+    """The timestep of every step as a scheduler of diffusers has it, 0 to 1000; None if the sampler has no list."""
+    times = spec.get("timesteps", ())
+    if len(times) != spec["num_steps"]:
+        return None
+    return [1000 * t for t in times] if max(times) <= 1 else list(times)
+
+
+# ---- networks: one call each, on rows x [batch, ...] that hold both guidance halves, time [batch] -------------------
+def call_dit(model: torch.nn.Module, x: Tensor, time: Tensor, inputs: Inputs, guidance: dict[str, Any]) -> Tensor:
+    labels = halves(inputs["y"], torch.full_like(inputs["y"], guidance["null_label"]), guidance)
+    return model(x, timestep=time, class_labels=labels).sample
+
+
+def call_pixart(model: torch.nn.Module, x: Tensor, time: Tensor, inputs: Inputs, guidance: dict[str, Any]) -> Tensor:
+    return model(
+        x,
+        encoder_hidden_states=halves(inputs["caption"], inputs["null"].expand_as(inputs["caption"]), guidance),
+        encoder_attention_mask=halves(inputs["mask"], inputs["mask"], guidance),
+        timestep=time,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample
+
+
+def call_flux(model: torch.nn.Module, x: Tensor, time: Tensor, inputs: Inputs, guidance: dict[str, Any]) -> Tensor:
+    return model(
+        hidden_states=x,
+        encoder_hidden_states=inputs["txt"],
+        pooled_projections=inputs["pooled"],
+        timestep=time,
+        img_ids=inputs["img_ids"],
+        txt_ids=inputs["txt_ids"],
+    ).sample
+
+
+def call_ltx(model: torch.nn.Module, x: Tensor, time: Tensor, inputs: Inputs, guidance: dict[str, Any]) -> Tensor:
+    """Text and mask hold both halves; the size of the video is in the words of the pack's input only."""
+    return model(
+        hidden_states=x,
+        encoder_hidden_states=inputs["txt"],
+        encoder_attention_mask=inputs["mask"],
+        timestep=time,
+        num_frames=2,
+        height=4,
+        width=4,
+    ).sample
+
+
+def call_unet(model: torch.nn.Module, x: Tensor, time: Tensor, inputs: Inputs, guidance: dict[str, Any]) -> Tensor:
+    return model(x, time, encoder_hidden_states=halves(inputs["cond"], inputs["uncond"], guidance)).sample
+
+
+def call_stdit3(model: Any, x: Tensor, time: Tensor, inputs: Inputs, guidance: dict[str, Any]) -> Tensor:
+    null = model.y_embedder.y_embedding.expand_as(inputs["y"])
+    text, mask = halves(inputs["y"], null, guidance), halves(inputs["mask"], inputs["mask"], guidance)
+    both = {name: halves(inputs[name], inputs[name], guidance) for name in ("fps", "height", "width")}
+    return model(x, time, text, mask, **both)
+
+
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "DiTTransformer2DModel": call_dit,
+    "FluxTransformer2DModel": call_flux,
+    "LTXVideoTransformer3DModel": call_ltx,
+    "PixArtTransformer2DModel": call_pixart,
+    "STDiT3": call_stdit3,
+    "UNet2DConditionModel": call_unet,
+}
+
+
+def halves(cond: Tensor, uncond: Tensor, guidance: dict[str, Any]) -> Tensor:
+    """Both in the order of the batch."""
+    return torch.cat([cond, uncond] if guidance["batch_order"][0] == "cond" else [uncond, cond])
+
+
+def call(
+    model: torch.nn.Module, x: Tensor, t: float, inputs: Inputs, guidance: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """One prediction for the rows of x, after guidance and before; a call of the network holds both guidance halves."""
     scale = guidance["scale"]
     rows = x if scale is None else torch.cat([x, x])
-    time = torch.full((len(rows),), t, dtype=torch.float32 if t != int(t) or scale is None else torch.int64)
-    name = type(model).__name__
-    if name == "DiTTransformer2DModel":
-        null = torch.full_like(inputs["y"], guidance["null_label"])
-        labels = [inputs["y"], null] if guidance["batch_order"][0] == "cond" else [null, inputs["y"]]
-        out = model(rows, timestep=time, class_labels=torch.cat(labels)).sample
-    elif name == "PixArtTransformer2DModel":
-        null = inputs["null"].expand_as(inputs["caption"])
-        text, mask = torch.cat([null, inputs["caption"]]), torch.cat([inputs["mask"]] * 2)
-        out = model(
-            rows,
-            encoder_hidden_states=text,
-            encoder_attention_mask=mask,
-            timestep=time.float(),
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        ).sample
-    else:
-        out = model(
-            hidden_states=rows,
-            encoder_hidden_states=inputs["txt"],
-            pooled_projections=inputs["pooled"],
-            timestep=time.float(),
-            img_ids=inputs["img_ids"],
-            txt_ids=inputs["txt_ids"],
-        ).sample
+    time = torch.full((len(rows),), t, dtype=torch.int64 if isinstance(t, int) else torch.float32)
+    raw = CALLS[type(model).__name__](model, rows, time, inputs, guidance)
     if scale is None:
-        return out
-    first, second = out.chunk(2)
+        return raw, raw
+    first, second = raw.chunk(2)
     cond, uncond = (first, second) if guidance["batch_order"][0] == "cond" else (second, first)
     guided = uncond + scale * (cond - uncond)
     channels = guidance["guided_channels"]
     if channels == "all":
-        return guided
+        return guided, raw
     out = cond.clone()
     out[:, channels] = guided[:, channels]
-    return out
+    return out, raw
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def run(
+    model: torch.nn.Module,
+    inputs: Inputs,
+    spec: dict[str, Any],
+    guidance: dict[str, Any],
+    cache: Any,
+    noise: Tensor | None = None,
+) -> Sampled:
+    """A whole run of a sampler, every step announced to the cache."""
+    if spec["kind"] == UVIT:
+        return sample_uvit(model, inputs, spec, guidance, cache)
+    x = inputs["z"] if "z" in inputs else inputs["x"]
+    memory: dict[str, Any] = {"noise": noise}
+    predictions, outputs = [], []
+    for k, t in enumerate(spec["timesteps"]):
+        cache.step(k)
+        out, raw = call(model, x, t, inputs, guidance)
+        out = torch.cat([cache.fix(out[:, : x.shape[1]]), out[:, x.shape[1] :]], dim=1)
+        predictions.append(out[:, : x.shape[1]])
+        outputs.append(raw[:, : x.shape[1]])
+        x = UPDATES[spec["kind"]](x, k, out, spec, memory)
+    return Sampled(x, torch.stack(predictions), torch.stack(outputs))
 
 
 def sample_uvit(
-    model: torch.nn.Module, inputs: dict[str, Tensor], spec: dict[str, Any], guidance: dict[str, Any], cache: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Final latents, guided predictions [evaluations, ...], and raw outputs [evaluations, cond / uncond, ...]."""
+    model: torch.nn.Module, inputs: Inputs, spec: dict[str, Any], guidance: dict[str, Any], cache: Any
+) -> Sampled:
+    """Steps are evaluations, of two calls each: outputs are [evaluations, cond / uncond, ...]."""
     outputs: list[Tensor] = []
 
     def record(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -133,26 +226,17 @@ def sample_uvit(
         record, inputs["z"], inputs["y"], spec["num_steps"], null_label=null, scale=scale, before_evaluation=cache.step
     )
     raw = torch.stack(outputs).unflatten(0, (-1, 2))
-    return x, raw[:, 0] + scale * (raw[:, 0] - raw[:, 1]), raw
+    return Sampled(x, raw[:, 0] + scale * (raw[:, 0] - raw[:, 1]), raw)
 
 
-@torch.no_grad()
 def sample(
     model: torch.nn.Module,
     x: Tensor,
     spec: dict[str, Any],
     guidance: dict[str, Any],
-    inputs: dict[str, Tensor],
+    inputs: Inputs,
     cache: Any,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Final latents, and the prediction handed to the sampler at every step [steps, ...]."""
-    memory: dict[str, Any] = {"noise": noise}
-    outputs = []
-    for k, t in enumerate(spec["timesteps"]):
-        cache.step(k)
-        out = call(model, x, t, inputs, guidance)
-        out = torch.cat([cache.fix(out[:, : x.shape[1]]), out[:, x.shape[1] :]], dim=1)
-        outputs.append(out[:, : x.shape[1]])
-        x = UPDATES[spec["kind"]](x, k, out, spec, memory)
-    return x, torch.stack(outputs)
+    return run(model, inputs, spec, guidance, cache, noise)[:2]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dittocache
 from dittocache.calibrate.channels import channel_statistic, channel_weights, low_rank_factors
+from dittocache.calibrate.magcache import Changes, magnitudes
 from dittocache.fill import At, Entry, Fill
 from dittocache.fill.base import Features
 from dittocache.plan import COMPUTE, Site
@@ -19,8 +20,11 @@ from dittocache.train.loop import clamp, optimizer_of
 from dittocache.train.objective import Objective, class_conditional
 from dittocache.train.steps import OuterSteps, Pairs
 from dittocache.when import Counter, DualInterval, Every, ModuleIntervals, SoftInterval
+from dittocache.when.power import spread
 from dittocache.which import scores
 from dittocache.which.ratios import factor_of, ratio_at, token_count
+
+from . import sampling
 
 Inputs = dict[str, Tensor]
 
@@ -75,8 +79,12 @@ def find(case: dict[str, Any]) -> Callable[[dict[str, Any], Inputs], Inputs] | N
         return lambda s, x: {"scores": torch.stack([entropy_score(m) for m in x["maps"]])}
     if what.startswith("cross-attention entropy score"):
         return lambda s, x: {"score": scores.cross_attention_entropy(x["x"])}
+    if what == "non-uniform schedule":
+        return spread_steps
     if what == "one router training step":
         return l2c_training
+    if what.startswith("magnitude ratios"):
+        return magnitude_ratios
     if case["method"] in ("toca", "duca") and "-unit-schedule-" in case["id"]:
         if "module_intervals" in settings:
             return opensora
@@ -183,6 +191,14 @@ def opensora(settings: dict[str, Any], x: Inputs) -> Inputs:
     return {"types": torch.tensor(np.where(table == COMPUTE, 0, 1).reshape(-1, 2, 3))}
 
 
+def spread_steps(settings: dict[str, Any], x: Inputs) -> Inputs:
+    """DeepCache's steps of full computation; without a centre they are dense at the start."""
+    assert ("center" in settings) == (settings["form"] == "centred")
+    numbers = (settings[name] for name in ("num_steps", "full_steps", "power"))
+    steps, power = spread(*numbers, settings.get("center"))
+    return {"full_steps": torch.tensor(steps), "power_used": torch.tensor([power])}
+
+
 class Listener(Fill):
     """Holds the input and output of every linear layer in the latest forward, by kind and block."""
 
@@ -249,6 +265,20 @@ def icc_factors(settings: dict[str, Any], x: Inputs, goldens: Any, case: dict[st
 
 
 WITH_NETWORK += [icc_statistics, icc_factors]
+
+
+def magnitude_ratios(settings: dict[str, Any], x: Inputs, goldens: Any, case: dict[str, Any]) -> Inputs:
+    """MagCache's ratios of an uncached run, as calibration records them."""
+    network, spec, inputs = goldens.network(case["network"]), goldens.sampler(settings), goldens.inputs(settings)
+    sums: Inputs = {}
+    samples = len(inputs["x"])
+    recorder = Changes(magnitudes(network, sums), None, samples)
+    with recorder.on(network) as cache, cache.run(spec["num_steps"]):
+        sampling.run(network, inputs, spec, goldens.guidance(settings), cache)
+    return {"ratios": sums["ratios"] / samples}
+
+
+WITH_NETWORK.append(magnitude_ratios)
 
 
 # ---- L2C's training step --------------------------------------------------------------------------------------------
