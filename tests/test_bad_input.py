@@ -436,6 +436,43 @@ def test_a_partial_plan_of_what_is_not_token_wise(shared):
         dittocache.enable(model, recipe_of)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"where": "modul"}, ("'modul'", "module", "stack", "tail", "model", "pattern")),
+        ({"where": None}, ("None", "module", "pattern")),
+        ({"keeps": "changes"}, ("'changes'", "output", "change")),
+        ({"where": "module", "keeps": "change"}, ("block, stack, tail", "'module'")),
+        ({"where": "model", "keeps": "change"}, ("block, stack, tail", "'model'")),
+        ({"where": "tail"}, ("tail", "keeps='change'")),
+    ],
+)
+def test_where_and_what_is_kept(fields, words):
+    with one_line(*words):
+        Recipe(when=Every(3), **fields)
+
+
+def test_a_pattern_that_matches_nothing(shared):
+    recipe_of = Recipe(when=Every(3), where="transformer_blocks.*.attn9")
+    with nothing_changed(shared) as model, one_line("'transformer_blocks.*.attn9'", "'transformer_blocks.0.attn1'"):
+        dittocache.enable(model, recipe_of)
+
+
+def test_a_pattern_chooses_sites():
+    model = tiny.dit()
+    with dittocache.enable(model, Recipe(when=Every(2), where="transformer_blocks.[01].ff")) as cache:
+        tiny.predictions(model, cache, 4)
+        assert cache.trace.sites == ("transformer_blocks.0.ff", "transformer_blocks.1.ff")
+        assert (cache.trace.table[[1, 3]] == 1).all() and (cache.trace.table[2] == 0).all()
+
+
+def test_a_time_embedding_that_is_not_there():
+    model = tiny.uvit()
+    with dittocache.enable(model, "teacache", indicator="embedding") as cache:
+        with one_line("time embedding", "UViTBlock", "indicator='modulated'", error=RuntimeError):
+            tiny.predictions(model, cache, 3)
+
+
 def test_a_where_that_matches_nothing():
     class Net(nn.Module):
         def __init__(self):

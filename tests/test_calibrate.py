@@ -713,7 +713,7 @@ def untouched(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("method", "samples", "setup", "params", "message"),
     [
-        ("nope", 2, {}, {}, "'nope' is not calibrated; these are: eb-cache, eoc, goc, icc"),
+        ("nope", 2, {}, {}, "'nope' is not calibrated; these are: block-caching, eb-cache, eoc, goc, icc, magcache, teacache"),
         ("fora", 2, {}, {}, "'fora' is not calibrated"),
         ("eoc", 2, {}, {"ranks": 3}, "calibrating eoc has no parameter 'ranks'; known: interval, reuse_steps, "),
         ("eoc", 2, {}, {"interval": 0}, "interval must be a whole number, 1 or more; got 0"),
@@ -1342,7 +1342,7 @@ def test_help_is_readable(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nope", "--out", "out"], "'nope' is not calibrated; these are: eb-cache, eoc, goc, icc"),
+        (["nope", "--out", "out"], "'nope' is not calibrated; these are: block-caching, eb-cache, eoc, goc, icc, magcache, teacache"),
         (["eoc"], "--out is missing"),
         (["eoc", "--out", "out", "-p", "speed=2"], "calibrating eoc has no parameter 'speed'; known: interval"),
         (["eoc", "--out", "out", "-p", "interval=x"], "interval must be a whole number, 1 or more; got 'x'"),

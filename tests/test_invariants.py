@@ -29,6 +29,12 @@ METHODS = {
     "toca-no-extras": ("toca", {"soft_weight": 0.0, "spatial_bonus": None, "selector": "random", **SHARE}),
     "toca-ratio0": ("toca", {"ratio": 0.0, "selector": "random"}),
     "duca-ratio0": ("duca", {"ratio": 0.0, "interval": 4, "selector": "random"}),
+    "taylorseer": ("taylorseer", {}),
+    "taylorseer-lite": ("taylorseer", {"lite": True, "order": 2, "interval": 3, "schedule": "diffusers"}),
+    "magcache": ("magcache", tiny.data_for("magcache")),
+    "teacache": ("teacache", {"threshold": 2.0}),
+    "fbcache": ("fbcache", {"threshold": 1.2}),
+    "dicache": ("dicache", {"threshold": 2.0, "retention": 0.1}),
 }
 # what the numbers of steps and the model decide: parameters as functions of both
 CORRECTED = {
@@ -76,6 +82,8 @@ SOME = [(m, name) for m in ("dit", "pixart", "flux") for name in ("fora", "toca-
 SOME += [("uvit", "fora"), ("uvit", "duca-random")]
 SOME += [(m, name) for m in ("dit", "flux", "uvit") for name in ("l2c", "eoc", "goc-computed-only", "icc", "eb-cache")]
 SOME += [("pixart", name) for name in ("goc", "icc", "eb-cache-mixed", "goc-l2c")]
+SOME += [(m, name) for m in ("dit", "flux", "uvit") for name in ("taylorseer", "magcache")]
+SOME += [(m, name) for m in ("dit", "flux", "uvit") for name in ("teacache", "fbcache", "dicache")]
 STEPS = 10
 
 

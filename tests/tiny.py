@@ -284,6 +284,11 @@ def data_for(method: str, model: nn.Module | None = None, steps: int = 8, scale:
                 for k in range(1, steps)
             }
         }
+    if method == "block-caching":
+        blocks = [span.site.name for span in found.spans if len(span.blocks) == 1]
+        return {"changes": {name: torch.full((steps,), 0.3) for name in blocks}}
+    if method == "magcache":
+        return {"ratios": (1.0, 1.04, 0.97, 1.02, 0.96)}
     if method == "icc":
         factors = {}
         for e in found.linears:

@@ -404,9 +404,9 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
         beside = {columns[j].name for block in description.blocks for j in block.inner}
     used = [j for j, site in enumerate(columns) if _meant(recipe.where, site) and site.name not in beside]
     if not used:
-        known = ", ".join(dict.fromkeys(site.kind for site in columns))
-        names = "" if recipe.where in KINDS else f"; the first is named {columns[0].name!r}"
-        raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; it has: {known}{names}")
+        kinds = ", ".join(dict.fromkeys(site.kind for site in columns))
+        has = f"it has: {kinds}" if recipe.where in KINDS else f"its sites have names like {columns[0].name!r}"
+        raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; {has}")
     if recipe.when.uses_stack:
         used = [j for j, site in enumerate(columns) if j in used or site.kind == "stack"]
     if isinstance(recipe.when, Table):
@@ -419,7 +419,7 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
             some = ((table[:, j] > REUSE) & (table[:, j] < COMPUTE)).any()
             if some and not (recipe.which is not None and recipe.which.selects(site)):
                 raise ValueError(
-                    f"the plan computes some tokens of {site.name!r}, but the recipe does not select there"
+                    f"the plan computes some tokens of {site.name!r}, but it is not token-wise, or text"
                 )
     recipe.when.fits([columns[j] for j in used])
     foreign = sorted(recipe.fill.names() - {columns[j].name for j in used})

@@ -7,15 +7,18 @@ in no list counts as a stack of one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .plan import Site
+from .plan import Site as Site  # models/ makes sites of its own
 
 ReuseBlock = Callable[..., Any]
+Carry = Callable[[Tensor, torch.Size], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,15 @@ class Family:
             Returns NotImplemented for inputs it does not cover. Optional.
         package: the package that the classes are from; a class of another one that bears the same name is not meant.
         ff_input: path of the norm whose input are the tokens of the feed-forward before norm and modulation.
-        text: where text stands in a joint attention with the image, "first" or "last"; None: not known, or no text.
+        text: where text stands in one sequence with the image, in a joint attention or in all of the block, "first" or
+            "last"; None: not known, or no text. Whatever else stands beside the sample's own tokens (registers, time,
+            history) counts as text.
         splits: some tokens of the fused projection can be computed: all that its mutes do besides attention is
             token-wise.
+        parts: (path, kind, mutes) of sites that discovery misses, or whose kind it gets wrong.
+        whole: paths or classes of sites that are not token-wise, though others of their kind are: positions come with
+            the tokens, tokens are mixed, or the layout is not [batch, tokens, channels]. "*": all of the block.
+        twice: paths of feed-forwards that are called a second time, with the text.
     """
 
     blocks: tuple[str, ...]
@@ -45,6 +54,9 @@ class Family:
     package: str = "diffusers"
     text: str | None = None
     splits: bool = False
+    parts: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+    whole: tuple[str, ...] = ()
+    twice: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {}
@@ -63,9 +75,16 @@ class Layout:
 
     Args:
         models: class names of the transformers.
-        interleaved: block lists that run in turn, one block of each; together they are one stack.
+        interleaved: groups of block lists that run in turn; a group is one stack. The blocks of a shorter list are
+            spread evenly over the first; those of a `ModuleDict` follow on the block of the first that they are named
+            after.
+        carry: `carry(stream, shape) -> stream`, from the layout of the first list of a group to that of the last, whose
+            blocks give that shape, where these differ. Optional.
+        lead: (list, list): all blocks of the first run before those of the second, and do nothing but serve them
+            (control branches): together they are one stack.
         side: block lists that run beside the stacks that carry the sample (refiners of the text, control branches), or
             before them: never passed by.
+        main: block lists that carry the sample, though they lie deeper, or have the name of one that runs beside.
         package: the package that the classes are from.
         order: children that hold the blocks, in order of execution, where they are defined in another.
         spans: `spans(model, description) -> spans or None`, in place of stacks and single blocks; it adds the blocks
@@ -73,8 +92,11 @@ class Layout:
     """
 
     models: tuple[str, ...]
-    interleaved: tuple[str, ...] = ()
+    interleaved: tuple[tuple[str, ...], ...] = ()
+    carry: Carry | None = None
+    lead: tuple[tuple[str, str], ...] = ()
     side: tuple[str, ...] = ()
+    main: tuple[str, ...] = ()
     package: str = "diffusers"
     order: tuple[str, ...] = ()
     spans: Callable[[Any, Description], list[Span] | None] | None = None
@@ -127,11 +149,15 @@ class Span:
         site: its column, of kind `stack` or `block`; in a U-Net `deep`, `block`, `resnet` or `resample`.
         blocks: numbers of the blocks in `Description.blocks`, in order of execution.
         main: it carries the sample: `where="stack"` is about all main stacks together.
+        lead: how many of its first blocks do nothing but serve the others.
+        carry: see `Layout`.
     """
 
     site: Site
     blocks: tuple[int, ...]
     main: bool = True
+    lead: int = 0
+    carry: Carry | None = None
 
 
 @dataclass
@@ -236,8 +262,10 @@ def describe(module: nn.Module) -> Description:
         raise TypeError(f"describe needs a torch module; got {type(module).__name__}")
     description = Description(type(module).__name__)
     layout = _layout(module)
-    found = dict(sorted(_stacks(module, ""), key=lambda one: _place(one[0], layout)))
-    lists = _in_turn(found, layout)
+    found = dict(_stacks(module, ""))
+    found |= {name: _listed(module, name) for group in layout.interleaved for name in group if name not in found}
+    found = dict(sorted(found.items(), key=lambda one: _place(one[0], layout)))
+    lists = _in_turn(module, found, layout)
     modules = [id(block) for blocks in found.values() for block in blocks.values()]
     if len(set(modules)) < len(modules):
         raise ValueError(f"{type(module).__name__} uses one of its blocks several times, which is not supported")
@@ -247,7 +275,7 @@ def describe(module: nn.Module) -> Description:
             block, indices, order = found[listed][block_name], [], len(description.blocks)
             for path, kind, child, mutes in _parts(block):
                 indices.append(len(description.entries))
-                tokenwise = _tokenwise(kind, child, _family(block))
+                tokenwise = _tokenwise(path, kind, child, _family(block))
                 site = Site(f"{block_name}.{path}", kind, listed, l, len(found[listed]), order, tokenwise)
                 description.entries.append(SiteModule(site, child, path, mutes))
             inner = []
@@ -255,12 +283,17 @@ def describe(module: nn.Module) -> Description:
                 child = block.get_submodule(path)
                 if is_attention(child):
                     inner.append(len(description.entries))
-                    site = Site(f"{block_name}.{path}", "attention", listed, l, len(found[listed]), order)
+                    site = Site(
+                        f"{block_name}.{path}", _attention_kind(path, child), listed, l, len(found[listed]), order
+                    )
                     description.entries.append(SiteModule(site, child, path))
             description.blocks.append(Block(block, block_name, tuple(indices), _family(block), inner=tuple(inner)))
         last = len(description.blocks) - 1
         site = Site(name, "stack", name, last - first, last - first + 1, last)
-        description.spans.append(Span(site, tuple(range(first, last + 1)), not _beside(name, layout)))
+        lead = sum(listed in dict(layout.lead) for listed, _, _ in members)
+        carry = layout.carry if len({listed for listed, _, _ in members[lead:]}) > 1 else None
+        span = Span(site, tuple(range(first, last + 1)), not _beside(members, layout), lead, carry)
+        description.spans.append(span)
     own = layout.spans(module, description) if layout.spans is not None else None
     if not description.entries and not own:
         raise ValueError(
@@ -299,19 +332,41 @@ def _place(name: str, layout: Layout) -> int:
     return layout.order.index(first) if first in layout.order else -1
 
 
-def _in_turn(found: dict[str, dict[str, nn.Module]], layout: Layout) -> dict[str, list[tuple[str, int, str]]]:
+def _in_turn(
+    module: nn.Module, found: dict[str, dict[str, nn.Module]], layout: Layout
+) -> dict[str, list[tuple[str, int, str]]]:
     """Stack name -> (list, index in it, block name) in order of execution; lists that run in turn are one stack."""
     lists = {name: [(name, l, block) for l, block in enumerate(blocks)] for name, blocks in found.items()}
-    turns = [lists.pop(name) for name in layout.interleaved if name in lists]
-    if turns:
-        lists[" + ".join(layout.interleaved)] = [one for row in zip(*turns, strict=True) for one in row]
-    return lists
+    for group in layout.interleaved:
+        first, *others = (lists.pop(name) for name in group)
+        after: list[list[tuple[str, int, str]]] = [[one] for one in first]
+        for members in others:
+            named = isinstance(module.get_submodule(members[0][0]), nn.ModuleDict)
+            every = -(-len(first) // len(members))
+            for n, one in enumerate(members):
+                after[int(one[2].rpartition(".")[2]) if named else n * every].append(one)
+        lists[" + ".join(group)] = [one for row in after for one in row]
+    for before, name in layout.lead:
+        if before in lists:
+            lists[f"{before} + {name}"] = lists.pop(before) + lists.pop(name)
+    return dict(sorted(lists.items(), key=lambda one: list(found).index(one[1][0][0])))
 
 
-def _beside(stack: str, layout: Layout) -> bool:
-    """Whether a stack does not carry the sample: known of its model, or by its place and name."""
-    words = ("refiner", "control", "vace", "context", "text", "face", "embed")
-    return stack in layout.side or "." in stack or any(word in stack for word in words)
+def _listed(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The blocks of a list, by their dotted paths, whatever they hold."""
+    return {f"{name}.{key}": block for key, block in module.get_submodule(name).named_children()}
+
+
+# in the names of lists that run beside the stacks that carry the sample
+BESIDE = ("refiner", "control", "vace", "context", "cond", "text", "txt", "caption", "face", "embed")
+
+
+def _beside(members: list[tuple[str, int, str]], layout: Layout) -> bool:
+    """Whether a stack does not carry the sample: known of its model, or by place and name of its last block's list."""
+    name = members[-1][0]
+    if name in layout.side or name in layout.main:
+        return name in layout.side
+    return "." in name or any(word in name for word in BESIDE)
 
 
 def _family(block: nn.Module) -> Family:
@@ -333,7 +388,7 @@ def _stacks(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, nn.
     """
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if isinstance(child, nn.ModuleList) and len(child) and all(_parts(block) for block in child):
+        if isinstance(child, nn.ModuleList) and len(child) and all(_is_block(block) for block in child):
             yield path, {f"{path}.{l}": block for l, block in enumerate(child)}
         elif not isinstance(module, nn.ModuleList) and _registered(child) and _parts(child):
             yield path, {path: child}
@@ -341,25 +396,39 @@ def _stacks(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, nn.
             yield from _stacks(child, f"{path}.")
 
 
+def _is_block(module: nn.Module) -> bool:
+    """Whether it holds a site; a list inside of a list is never called itself."""
+    return not isinstance(module, nn.ModuleList) and bool(_parts(module))
+
+
 def _parts(block: nn.Module) -> list[tuple[str, str, nn.Module, tuple[nn.Module, ...]]]:
     """(path, kind, module, muted modules) of the sites of a block, in order of definition."""
     family = _family(block)
+    stated = {path: (kind, mutes) for path, kind, mutes in family.parts}
     if family.fused is not None:
-        mutes = tuple(block.get_submodule(path) for path in family.mutes)
-        return [(family.fused, "fused", block.get_submodule(family.fused), mutes)]
-    return [(path, kind, child, ()) for path, kind, child in _walk(block, "")]
+        stated = {family.fused: ("fused", family.mutes), **stated}
+        found = {}
+    else:
+        found = {path: kind for path, kind, _ in _walk(block, "") if path not in stated}
+    parts = {path: (kind, ()) for path, kind in found.items()} | stated
+    order = {path: n for n, (path, _) in enumerate(block.named_modules())}
+    return [
+        (path, kind, block.get_submodule(path), tuple(block.get_submodule(muted) for muted in mutes))
+        for path, (kind, mutes) in sorted(parts.items(), key=lambda part: order[part[0]])
+    ]
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, str, nn.Module]]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if is_attention(child):
-            cross = getattr(child, "is_cross_attention", False) or name in ("cross_attn", "cross_attention")
-            yield path, "cross-attention" if cross else "attention", child
+            yield path, _attention_kind(path, child, module), child
         elif _is_feed_forward(name, child):
-            yield path, "context-feed-forward" if "context" in name else "feed-forward", child
-        elif not isinstance(child, nn.ModuleList) and not any(w in name for w in ("norm", "emb")):
-            yield from _walk(child, f"{path}.")
+            yield path, "context-feed-forward" if TEXT.search(name) else "feed-forward", child
+        elif not any(word in name for word in ("norm", "emb")):
+            # lists of like modules are blocks on their own; others are parts of this one
+            if not isinstance(child, nn.ModuleList) or len({type(member) for member in child}) > 1:
+                yield from _walk(child, f"{path}.")
 
 
 # what a linear layer does, by its name in an attention or feed-forward module
@@ -382,25 +451,50 @@ def _linears(entry: SiteModule, block: Block) -> Iterator[SiteModule]:
             yield SiteModule(linear, child, path)
 
 
+# what a projection inside of an attention makes, by a word of its name
+MADE = {"q": "q", "query": "q", "k": "k", "key": "k", "v": "v", "value": "v", "kv": "kv", "qkv": "qkv"}
+
+
 def is_attention(module: nn.Module) -> bool:
-    """diffusers' Attention, its AttentionModuleMixin classes, and look-alikes with their projections."""
-    projections = ("to_q", "to_qkv", "qkv", "q_proj", "q_linear")
-    return "Att" in type(module).__name__ and any(hasattr(module, name) for name in projections)
+    """By structure: its children project to queries, keys and values, on their own or several at once."""
+    names = [name.split("_") for name, _ in module.named_children() if "norm" not in name]
+    made = {letter for words in names for word in words for letter in MADE.get(word, "")}
+    return made == {"q", "k", "v"} or isinstance(module, nn.MultiheadAttention)
+
+
+def _attention_kind(path: str, module: nn.Module, parent: nn.Module | None = None) -> str:
+    """Cross-attention by what it says of itself, by name, or by a class around it; the second of a block by custom."""
+    name, said = path.rpartition(".")[2], getattr(module, "is_cross_attention", None)
+    around = f"{name} {type(module).__name__} {type(parent).__name__}".lower()
+    if "self" in name:
+        cross = False
+    elif "cross" in around or "_to_" in name:
+        cross = True
+    else:
+        cross = bool(said) if said is not None else bool(re.search(r"attn_?2$", name))
+    return "cross-attention" if cross else "attention"
+
+
+# in the name of a feed-forward, of its class, and of one that is for the text
+FEED_FORWARD = re.compile(r"(^|_)(ff|ffn|mlp|moe|feed_forward|transition)(_|$)")
+FEED_FORWARDS = re.compile("FeedForward|FFN|Mlp|MLP|MoE|GLU|Transition|DenseGated")
+TEXT = re.compile(r"context|(^|_)(te?xt|t)(_|$)")
 
 
 def _is_feed_forward(name: str, module: nn.Module) -> bool:
-    named = name in ("ff", "ff_context", "ffn", "mlp", "feed_forward", "txt_mlp", "img_mlp")
-    classed = any(word in type(module).__name__ for word in ("FeedForward", "Mlp", "MLP", "FFN"))
-    linears = sum(isinstance(m, nn.Linear) for m in module.modules())
-    return (named or classed) and linears >= 2
+    """Two or more layers under the name or the class of a feed-forward."""
+    layers = sum(isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) for m in module.modules())
+    return layers >= 2 and bool(FEED_FORWARD.search(name) or FEED_FORWARDS.search(type(module).__name__))
 
 
-def _tokenwise(kind: str, module: nn.Module, family: Family) -> bool:
+def _tokenwise(path: str, kind: str, module: nn.Module, family: Family) -> bool:
     """Whether some tokens of a module can be computed on their own: nothing in it mixes them.
 
     Feed-forwards without convolutions and norms over tokens, queries of a cross-attention, and fused projections of
     families that say so.
     """
+    if any(word in ("*", path, type(module).__name__) for word in family.whole):
+        return False
     if kind == "fused":
         return family.splits
     if kind == "cross-attention" and (getattr(module, "spatial_norm", None) or getattr(module, "group_norm", None)):

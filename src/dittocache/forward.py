@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from . import streams
 from .describe import Block
 from .fill import At, Entry
+from .flops import FlopCounter
 from .plan import COMPUTE, OPEN, PARTIAL, REUSE
 from .run import Run
 from .samples import Samples, guidance_halves
@@ -32,13 +31,6 @@ if TYPE_CHECKING:
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-
-def _sdpa_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-# torch's own table of FLOP formulas lacks the attention kernel of the CPU
-_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops}
 
 # names under which blocks are given the embedding of the timestep
 _EMBEDDINGS = ("temb", "emb", "time_emb", "timestep_proj", "timestep", "adaln_input", "conditioning")
@@ -92,7 +84,7 @@ class Forward:
         self.kept = False
         self.plain: Callable[..., Any]  # the module that is being called, uncompiled; the hook says it
         self.scoring = 0.0  # FLOPs of scoring tokens, which belong to no part of the model
-        self.counter: FlopCounterMode | None = None
+        self.counter: FlopCounter | None = None
         sample = _hidden(args, kwargs)
         self.grid = attachment.grid(sample)
         self.samples = self._samples(sample)
@@ -101,7 +93,7 @@ class Forward:
         run.cost_key = key
         if key is not None and key not in attachment.costs and attachment.measuring.acquire(blocking=False):
             self.costs = [0.0] * len(attachment.columns)
-            self.counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
+            self.counter = FlopCounter()
             self.counter.__enter__()
 
     def _samples(self, sample: Tensor | None) -> Samples:
@@ -125,7 +117,7 @@ class Forward:
             self.run.weigh()
 
     def flops(self) -> float:
-        return 0.0 if self.counter is None else float(self.counter.get_total_flops()) - self.scoring
+        return 0.0 if self.counter is None else self.counter.total - self.scoring
 
     # ---- the whole network ------------------------------------------------------------------------------------------
     def network(self, original: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -530,7 +522,11 @@ class Forward:
         return False
 
     def _at(self, j: int, inputs: Tensor | None = None, together: bool = False) -> At:
-        return At(self.step, self.run.num_steps, self.attachment.columns[j], inputs, together, self.samples)
+        site, main = self.attachment.columns[j], 0
+        if j in self.attachment.spans:
+            known = self.attachment.passages.get(self.attachment.spans[j].blocks[-1].name)
+            main = 0 if known is None else known[0].main
+        return At(self.step, self.run.num_steps, site, inputs, together, self.samples, main)
 
     def filled(self, j: int, inputs: Tensor | None = None, together: bool = False) -> tuple[Tensor, ...]:
         entry = self.entry(j)

@@ -43,7 +43,9 @@ class Blank:
     """The passage of a block that changes shapes: zeros in the shapes of its outputs, which nothing may depend on."""
 
     keys: tuple[Key | None, ...] = ()
+    main = 0
     known = whole = True
+    main = 0
 
     def __init__(self) -> None:
         self.shapes: dict[Any, list[tuple[torch.Size, torch.dtype, torch.device]]] = {}  # by the inputs' shapes
@@ -95,7 +97,9 @@ class Attachment:
         self.patch = getattr(getattr(transformer, "config", None), "patch_size", 1)
         self.block_of = {j: block for block in description.blocks for j in block.sites}
         self.scorers = {kind: self._scorers(kind) for kind in ("attention", "cross-attention")}
-        self.mates = {j: group for b in self.description.blocks for group in (b.sites, b.inner, b.linears) for j in group}
+        self.mates = {
+            j: group for b in self.description.blocks for group in (b.sites, b.inner, b.linears) for j in group
+        }
 
     def entry(self, j: int) -> SiteModule:
         return self.modules[j]

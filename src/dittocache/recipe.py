@@ -107,7 +107,8 @@ class Recipe:
         if self.method is not None:
             known = methods()[self.method].parameters if self.method in methods() else {}
             changed = {k: v for k, v in self.params.items() if k not in known or v != known[k].default}
-            return self.method + (f"({', '.join(f'{k}={v}' for k, v in changed.items())})" if changed else "")
+            shown = ", ".join(f"{k}={v if isinstance(v, str) else show(v)}" for k, v in changed.items())
+            return f"{self.method}({shown})" if changed else self.method
         parts = (type(p).__name__ for p in (self.when, self.which, self.fill, self.fix) if p is not None)
         return f"{self.where}: {' + '.join(parts)}"
 
@@ -457,7 +458,7 @@ def parameter(name: str, hint: Any, default: Any) -> Parameter:
         type_name, check = "steps", lambda v: check_ints(name, v, note.low, note.high)
     elif isinstance(note, Numbers):
         valid = "real numbers" if note.count is None else f"{note.count} numbers"
-        type_name, check = "reals", lambda v: note.check(name, v)
+        type_name, check = "numbers", lambda v: note.check(name, v)
     elif isinstance(note, Int):
         valid = f"{note.low} or more" if note.high is None else f"{note.low} to {note.high}"
         type_name, check = "int", lambda v: check_int(name, v, note.low, note.high)

@@ -49,7 +49,7 @@ class Run:
         self.branch = -1
         self.branches = 0  # most forwards of a step
         self.numbered = False  # whether branches were given numbers, by `step(i, branch)`
-        self.prompts: dict[Any, tuple[torch.Tensor, int]] = {}  # what branches are conditioned on, and their last step
+        self.prompts: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}  # each with its last step
         self.named: dict[Any, int] = {}  # how often each branch was called in this step
         self.halves: dict[int, int] = {}  # by number of rows: how often batched guidance repeats the samples
         self.ended = False
@@ -160,24 +160,25 @@ class Run:
         self.branches = max(self.branches, self.branch + 1)
         if self.numbered:
             return self.branch
-        branch = name or (self.branch if prompt is None else self._prompted(prompt))
+        text = None if prompt is None else self._text(prompt)
+        branch = self.branch if name is None and text is None else name, text
         self.named[branch] = self.named.get(branch, 0) + 1
-        return branch, self.named[branch]
+        return *branch, self.named[branch]
 
-    def _prompted(self, prompt: torch.Tensor) -> Any:
-        """The branch of this prompt: pipelines hand on the very same tensor, or one like it, in every step."""
+    def _text(self, prompt: torch.Tensor) -> tuple[int, int]:
+        """What stands for a prompt: pipelines hand on the very same tensor, or one like it, in every step."""
         now = self.step_index or 0
-        known = {key: tensor for key, (tensor, _) in self.prompts.items()}
-        branch = next((key for key, tensor in known.items() if tensor is prompt), None)
-        branch = branch or next((key for key, tensor in known.items() if _equal(tensor, prompt)), None)
-        if branch is None:
-            branch = ("prompt", now, self.branch)
+        known = {text: tensor for text, (tensor, _) in self.prompts.items()}
+        text = next((text for text, tensor in known.items() if tensor is prompt), None)
+        text = text or next((text for text, tensor in known.items() if _equal(tensor, prompt)), None)
+        if text is None:
+            text = now, self.branch
             # prompts that change with every step would pile up
-            for old in [key for key, (_, last) in self.prompts.items() if last < now - 1]:
+            for old in [text for text, (_, last) in self.prompts.items() if last < now - 1]:
                 del self.prompts[old]
-                self.entries = {key: entry for key, entry in self.entries.items() if key[1][0] != old}
-        self.prompts[branch] = prompt, now
-        return branch
+                self.entries = {key: entry for key, entry in self.entries.items() if key[1][1] != old}
+        self.prompts[text] = prompt, now
+        return text
 
     def row(self) -> list[float | None]:
         """Codes of the current step; past the announced end everything is computed."""

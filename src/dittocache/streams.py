@@ -73,6 +73,11 @@ class Passage:
     def whole(self) -> bool:
         return None not in self.keys
 
+    @property
+    def main(self) -> int:
+        """Which output continues the tokens of the sample."""
+        return next((n for n, key in enumerate(self.keys) if key in ("hidden_states", 0)), 0)
+
     def through(self, arguments: Mapping[Key, Any]) -> tuple[Tensor, ...]:
         """The streams as they came in, in the order of the outputs."""
         return tuple(arguments[key] for key in self.keys if key is not None)

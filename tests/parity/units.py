@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import dittocache
+from dittocache.calibrate.base import Recorder
 from dittocache.calibrate.channels import channel_statistic, channel_weights, low_rank_factors
-from dittocache.calibrate.magcache import Changes, magnitudes
+from dittocache.calibrate.magcache import CalibrateMagCache, magnitudes
 from dittocache.fill import At, Entry, Fill
 from dittocache.fill.base import Features
 from dittocache.plan import COMPUTE, Site
@@ -272,8 +273,9 @@ def magnitude_ratios(settings: dict[str, Any], x: Inputs, goldens: Any, case: di
     network, spec, inputs = goldens.network(case["network"]), goldens.sampler(settings), goldens.inputs(settings)
     sums: Inputs = {}
     samples = len(inputs["x"])
-    recorder = Changes(magnitudes(network, sums), None, samples)
-    with recorder.on(network) as cache, cache.run(spec["num_steps"]):
+    recorder = Recorder(magnitudes(network, sums), False, None, samples, once=True)
+    recipe = CalibrateMagCache().recording(recorder)
+    with dittocache.enable(network, recipe) as cache, cache.run(spec["num_steps"]):
         sampling.run(network, inputs, spec, goldens.guidance(settings), cache)
     return {"ratios": sums["ratios"] / samples}
 

@@ -1,6 +1,6 @@
 """What calibrated methods need: statistics of uncached runs, and the recipes that are made of them."""
 
-from . import eb_cache, eoc, goc, icc
+from . import block_caching, eb_cache, eoc, goc, icc, magcache, teacache
 from .base import CALIBRATORS, Calibrator, make
 from .run import calibrate, fit, merged, record, shard
 from .setup import Setup
@@ -11,15 +11,18 @@ __all__ = [
     "Calibrator",
     "Setup",
     "Statistics",
+    "block_caching",
     "calibrate",
     "eb_cache",
     "eoc",
     "fit",
     "goc",
     "icc",
+    "magcache",
     "make",
     "merge",
     "merged",
     "record",
     "shard",
+    "teacache",
 ]

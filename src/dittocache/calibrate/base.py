@@ -42,7 +42,8 @@ class Calibrator:
 
     Attributes:
         method: name of the method.
-        where: the sites that are recorded, as in a recipe.
+        where, keeps: the sites that are recorded, and what of them, as in a recipe.
+        streams: of a block's or stack's changes, that in the sample's stream alone ("main"), or all as one ("all").
         keeps_inputs: their inputs are wanted, too.
         once: every sample must be one row of one network call a step; others count what they see.
         needs_samples: False if these parameters make a recipe of the weights alone.
@@ -50,6 +51,8 @@ class Calibrator:
 
     method: ClassVar[str]
     where: ClassVar[str] = "module"
+    keeps: ClassVar[str] = "output"
+    streams: ClassVar[str] = "main"
     keeps_inputs: ClassVar[bool] = False
     once: ClassVar[bool] = True
 
@@ -79,12 +82,17 @@ class Calibrator:
         """
         raise NotImplementedError
 
+    def recording(self, fill: Recorder) -> Recipe:
+        """The all-compute recipe that shows the recorder what it is to see."""
+        return Recipe(when=Every(1), where=self.where, keeps=self.keeps, fill=fill, method="none")
+
     def collect(self, pipe: Any, setup: Setup, samples: Sequence[int]) -> dict[str, Tensor]:
         """Draws some samples uncached, and returns the sums over them."""
         sums: dict[str, Tensor] = {}
         half = None if setup.guidance_scale <= 1 else conditional_half(pipe)
-        recorder = Recorder(self.watch(pipe, setup, sums), self.keeps_inputs, half, len(samples), self.once)
-        with enable(pipe, Recipe(when=Every(1), where=self.where, fill=recorder, method="none")):
+        see = self.watch(pipe, setup, sums)
+        recorder = Recorder(see, self.keeps_inputs, half, len(samples), self.once, self.streams)
+        with enable(pipe, self.recording(recorder)):
             draw(pipe, setup, samples)
         # a cache and its run refer to each other: what the function holds would wait for the garbage collector
         recorder.see = _nothing
@@ -130,23 +138,26 @@ class OnSchedule(Calibrator):
 class Recorder(Fill):
     """Shows every computed output, and that of the step before, to a function; nothing else is kept."""
 
-    def __init__(self, see: See, keeps_inputs: bool, half: int | None, samples: int, once: bool) -> None:
-        self.see, self.half, self.samples, self.once = see, half, samples, once
+    def __init__(
+        self, see: See, keeps_inputs: bool, half: int | None, samples: int, once: bool, streams: str = "main"
+    ) -> None:
+        self.see, self.half, self.samples, self.once, self.streams = see, half, samples, once, streams
         self.keeps_inputs = keeps_inputs  # type: ignore[misc]
         self.latest: dict[str, int] = {}  # site -> the step it was seen in last
 
     def keep(self, entry: Entry, value: tuple[Tensor, ...], at: At) -> None:
+        output = value[at.main] if self.streams == "main" else torch.cat([one.flatten(1) for one in value], dim=1)
         old = Seen(self._rows(entry.values[0][0]), self._rows(entry.inputs)) if entry.values else None
-        new = Seen(self._rows(value[0]), self._rows(at.inputs))
+        new = Seen(self._rows(output), self._rows(at.inputs))
         if self.once and (self.latest.get(at.site.name) == at.step or len(new.output) != self.samples):
             raise ValueError(
                 f"calibration needs one network call a step with one row a sample (or two: guidance); {at.site.name!r} "
-                f"was called again in step {at.step}, or with {len(value[0])} rows for {self.samples} samples"
+                f"was called again in step {at.step}, or with {len(output)} rows for {self.samples} samples"
             )
         self.latest[at.site.name] = at.step
         self.see(at, new, old)
         # a copy: what a model changes in place would be dropped, and a change between steps be missing
-        kept = value[0].clone() if self.once else value[0]
+        kept = output.clone() if self.once else output
         entry.values, entry.steps, entry.inputs = [(kept,)], [at.step], at.inputs
 
     def _rows(self, value: Any) -> Any:

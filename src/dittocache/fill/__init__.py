@@ -1,9 +1,11 @@
 """What stands in for what was not computed? Tensors in, tensors out."""
 
+from .aligned import Aligned
 from .base import At, Entry, Fill
 from .gradient import GradientQueue
 from .hold import Hold
 from .increment import LowRankIncrement
+from .taylor import Forecast, Taylor
 from .trend import Trend
 
-__all__ = ["At", "Entry", "Fill", "GradientQueue", "Hold", "LowRankIncrement", "Trend"]
+__all__ = ["Aligned", "At", "Entry", "Fill", "Forecast", "GradientQueue", "Hold", "LowRankIncrement", "Taylor", "Trend"]

@@ -25,6 +25,7 @@ class At(NamedTuple):
         inputs: first input of the site's module, [batch, tokens, channels]; None where a fill does not ask for it.
         together: every site of the block is reused in this step.
         samples: how the rows of the batch belong to samples.
+        main: which of the outputs is in the sample's stream; the others are in those of text and the like.
     """
 
     step: int
@@ -33,6 +34,7 @@ class At(NamedTuple):
     inputs: Tensor | None = None
     together: bool = False
     samples: Samples = Samples()
+    main: int = 0
 
 
 @dataclass

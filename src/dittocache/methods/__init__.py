@@ -1,5 +1,41 @@
 """The published methods, one short file each: the composition, its defaults, settings per model, how to cite it."""
 
-from . import duca, eb_cache, eoc, fora, goc, icc, l2c, none, toca
+from . import (
+    block_caching,
+    deepcache,
+    dicache,
+    duca,
+    eb_cache,
+    eoc,
+    fbcache,
+    fora,
+    goc,
+    icc,
+    l2c,
+    magcache,
+    none,
+    pab,
+    taylorseer,
+    teacache,
+    toca,
+)
 
-__all__ = ["duca", "eb_cache", "eoc", "fora", "goc", "icc", "l2c", "none", "toca"]
+__all__ = [
+    "block_caching",
+    "deepcache",
+    "dicache",
+    "duca",
+    "eb_cache",
+    "eoc",
+    "fbcache",
+    "fora",
+    "goc",
+    "icc",
+    "l2c",
+    "magcache",
+    "none",
+    "pab",
+    "taylorseer",
+    "teacache",
+    "toca",
+]

@@ -413,4 +413,4 @@ def reuse_block(
 register_family(
     Family(blocks=("STDiT3Block",), reuse_block=reuse_block, ff_input=lambda block: "norm2", package="dittocache")
 )
-register_layout(Layout(models=("STDiT3",), interleaved=("spatial_blocks", "temporal_blocks"), package="dittocache"))
+register_layout(Layout(models=("STDiT3",), interleaved=(("spatial_blocks", "temporal_blocks"),), package="dittocache"))
