@@ -334,10 +334,13 @@ class Cache:
         costs, spent = attachment.costs[key], {}
         inside = dict.fromkeys((block.name for block in self.description.blocks), 0.0)  # of a block, in used columns
         for block in self.description.blocks:
+            # in a U-Net, blocks lie within blocks
+            around = [block.name, *(name for name in inside if not block.spans and block.name.startswith(f"{name}."))]
             for j in block.sites + block.inner + block.linears:
                 if j in used:
                     spent[j] = costs[j]
-                    inside[block.name] += costs[j]
+                    for name in around:
+                        inside[name] += costs[j]
         head = self.recipe.when.head
         for j in sorted((j for j in attachment.spans if j in used), reverse=True):  # single blocks before their stacks
             spent[j] = 0.0
@@ -405,7 +408,9 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
     used = [j for j, site in enumerate(columns) if _meant(recipe.where, site) and site.name not in beside]
     if not used:
         kinds = ", ".join(dict.fromkeys(site.kind for site in columns))
-        has = f"it has: {kinds}" if recipe.where in KINDS else f"its sites have names like {columns[0].name!r}"
+        alike = [site.name for site in columns if site.name.split(".")[0] == recipe.where.split(".")[0]]
+        names = f"{alike[0]!r} to {alike[-1]!r}" if alike else repr(columns[0].name)
+        has = f"it has: {kinds}" if recipe.where in KINDS else f"its sites have names like {names}"
         raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; {has}")
     if recipe.when.uses_stack:
         used = [j for j, site in enumerate(columns) if j in used or site.kind == "stack"]

@@ -538,6 +538,35 @@ def describe(
         typer.echo(str(found))
 
 
+# sizes of the published models, where a class's own defaults do not make one
+_SIZES: dict[str, dict[str, Any]] = {
+    "DreamLiteTransformer2DModel": {"in_channels": 320, "cross_attention_dim": 768},
+    "EasyAnimateTransformer3DModel": {
+        "num_attention_heads": 48, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "patch_size": 2,
+        "sample_width": 90, "sample_height": 60,
+    },
+    "HiDreamImageTransformer2DModel": {
+        "patch_size": 2, "in_channels": 16, "num_layers": 16, "num_single_layers": 32, "attention_head_dim": 128,
+        "num_attention_heads": 20, "caption_channels": [4096, 4096], "text_emb_dim": 2048, "num_routed_experts": 4,
+        "num_activated_experts": 2, "axes_dims_rope": (64, 32, 32), "max_resolution": (128, 128),
+        "llama_layers": list(range(48)),
+    },
+    "HunyuanDiT2DModel": {
+        "in_channels": 4, "patch_size": 2, "hidden_size": 1408, "num_layers": 40, "mlp_ratio": 4.3637,
+        "sample_size": 128,
+    },
+    "LatteTransformer3DModel": {
+        "in_channels": 4, "out_channels": 8, "num_layers": 28, "attention_head_dim": 72, "sample_size": 64,
+        "patch_size": 2, "caption_channels": 4096, "norm_type": "ada_norm_single", "cross_attention_dim": 1152,
+        "num_embeds_ada_norm": 1000,
+    },
+    "LuminaNextDiT2DModel": {"num_kv_heads": 8, "cross_attention_dim": 2048},
+    "OmniGenTransformer2DModel": {"rope_scaling": {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48}},
+    "Transformer2DModel": {"in_channels": 320, "cross_attention_dim": 768},
+    "TransformerTemporalModel": {"in_channels": 320},
+}  # fmt: skip
+
+
 def _network(target: str) -> Any:
     """A transformer without weights (on the meta device), from what `describe` takes.
 
@@ -575,7 +604,7 @@ def _network(target: str) -> Any:
         raise ValueError(f"{name!r} is not a network of diffusers {diffusers.__version__}")
     try:
         with torch.device("meta"):
-            return cls.from_config(config) if config else cls()
+            return cls.from_config(config) if config else cls(**_SIZES.get(str(name), {}))
     except Exception as error:  # whatever a foreign constructor raises when its default configuration is incomplete
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         whose = "saved" if config else "default"

@@ -7,6 +7,7 @@ in no list counts as a stack of one.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ class Family:
         blocks: class names of the blocks.
         fused: for single-stream blocks whose last projection holds attention and feed-forward at once: path of that
             projection, whose output before the gate is the site.
-        mutes: paths of the modules that only feed the fused projection, and need not run when it is reused.
+        mutes: names of the modules that only feed the fused projection, and need not run when it is reused.
         reuse_block: `reuse_block(block, features, *inputs, **inputs) -> outputs`, the block when all its sites are
             reused: gates and additions, nothing else. `features` maps the site's path in the block to its tensors.
             Returns NotImplemented for inputs it does not cover. Optional.
@@ -85,6 +86,7 @@ class Layout:
         side: block lists that run beside the stacks that carry the sample (refiners of the text, control branches), or
             before them: never passed by.
         main: block lists that carry the sample, though they lie deeper, or have the name of one that runs beside.
+        whole: no site is token-wise: tokens do not lie as [batch, tokens, channels], or text cannot be told from them.
         package: the package that the classes are from.
         order: children that hold the blocks, in order of execution, where they are defined in another.
         spans: `spans(model, description) -> spans or None`, in place of stacks and single blocks; it adds the blocks
@@ -97,6 +99,7 @@ class Layout:
     lead: tuple[tuple[str, str], ...] = ()
     side: tuple[str, ...] = ()
     main: tuple[str, ...] = ()
+    whole: bool = False
     package: str = "diffusers"
     order: tuple[str, ...] = ()
     spans: Callable[[Any, Description], list[Span] | None] | None = None
@@ -263,7 +266,9 @@ def describe(module: nn.Module) -> Description:
     description = Description(type(module).__name__)
     layout = _layout(module)
     found = dict(_stacks(module, ""))
-    found |= {name: _listed(module, name) for group in layout.interleaved for name in group if name not in found}
+    for name in (name for group in layout.interleaved for name in group):
+        found = {path: blocks for path, blocks in found.items() if not path.startswith(f"{name}.")}
+        found.setdefault(name, _listed(module, name))
     found = dict(sorted(found.items(), key=lambda one: _place(one[0], layout)))
     lists = _in_turn(module, found, layout)
     modules = [id(block) for blocks in found.values() for block in blocks.values()]
@@ -275,13 +280,15 @@ def describe(module: nn.Module) -> Description:
             block, indices, order = found[listed][block_name], [], len(description.blocks)
             for path, kind, child, mutes in _parts(block):
                 indices.append(len(description.entries))
-                tokenwise = _tokenwise(path, kind, child, _family(block))
+                tokenwise = not layout.whole and _tokenwise(path, kind, child, _family(block))
+                if kind == "feed-forward" and TEXTS.search(listed):
+                    kind = "context-feed-forward"
                 site = Site(f"{block_name}.{path}", kind, listed, l, len(found[listed]), order, tokenwise)
                 description.entries.append(SiteModule(site, child, path, mutes))
             inner = []
             for path in _family(block).mutes:
-                child = block.get_submodule(path)
-                if is_attention(child):
+                child = getattr(block, path)
+                if child is not None and is_attention(child):
                     inner.append(len(description.entries))
                     site = Site(
                         f"{block_name}.{path}", _attention_kind(path, child), listed, l, len(found[listed]), order
@@ -300,7 +307,7 @@ def describe(module: nn.Module) -> Description:
             f"{type(module).__name__} has no list of blocks with attention or feed-forward parts: nothing to cache"
         )
     if not any(span.main for span in description.spans):  # nothing but lists deep inside, as in a U-Net
-        description.spans = [Span(span.site, span.blocks) for span in description.spans]
+        description.spans = [dataclasses.replace(span, main=True) for span in description.spans]
     description.spans = description.spans if own is None else own
     for stack in description.stacks:
         for l, n in enumerate(stack.blocks):
@@ -362,8 +369,9 @@ BESIDE = ("refiner", "control", "vace", "context", "cond", "text", "txt", "capti
 
 
 def _beside(members: list[tuple[str, int, str]], layout: Layout) -> bool:
-    """Whether a stack does not carry the sample: known of its model, or by place and name of its last block's list."""
-    name = members[-1][0]
+    """Whether a stack does not carry the sample: known of its model, or by place and name of the list it goes by."""
+    led = dict(layout.lead)
+    name = next(listed for listed, _, _ in members if listed not in led)
     if name in layout.side or name in layout.main:
         return name in layout.side
     return "." in name or any(word in name for word in BESIDE)
@@ -402,7 +410,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _parts(block: nn.Module) -> list[tuple[str, str, nn.Module, tuple[nn.Module, ...]]]:
-    """(path, kind, module, muted modules) of the sites of a block, in order of definition."""
+    """(path, kind, module, muted modules) of the sites of a block: attentions, then the others, each as defined."""
     family = _family(block)
     stated = {path: (kind, mutes) for path, kind, mutes in family.parts}
     if family.fused is not None:
@@ -411,10 +419,16 @@ def _parts(block: nn.Module) -> list[tuple[str, str, nn.Module, tuple[nn.Module,
     else:
         found = {path: kind for path, kind, _ in _walk(block, "") if path not in stated}
     parts = {path: (kind, ()) for path, kind in found.items()} | stated
-    order = {path: n for n, (path, _) in enumerate(block.named_modules())}
+    defined = {path: n for n, (path, _) in enumerate(block.named_modules())}
+    order = sorted(parts, key=lambda path: ("attention" not in parts[path][0], defined[path]))
     return [
-        (path, kind, block.get_submodule(path), tuple(block.get_submodule(muted) for muted in mutes))
-        for path, (kind, mutes) in sorted(parts.items(), key=lambda part: order[part[0]])
+        (
+            path,
+            parts[path][0],
+            block.get_submodule(path),
+            tuple(getattr(block, m) for m in parts[path][1] if getattr(block, m) is not None),
+        )
+        for path in order
     ]
 
 
@@ -425,10 +439,13 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, str, nn.Module]
             yield path, _attention_kind(path, child, module), child
         elif _is_feed_forward(name, child):
             yield path, "context-feed-forward" if TEXT.search(name) else "feed-forward", child
-        elif not any(word in name for word in ("norm", "emb")):
-            # lists of like modules are blocks on their own; others are parts of this one
-            if not isinstance(child, nn.ModuleList) or len({type(member) for member in child}) > 1:
-                yield from _walk(child, f"{path}.")
+        elif not any(word in name for word in ("norm", "emb")) and not _is_list(child):
+            yield from _walk(child, f"{path}.")
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Modules of one class: blocks of their own; others are parts of the block that holds them."""
+    return isinstance(module, nn.ModuleList) and len({type(member) for member in module}) < 2
 
 
 # what a linear layer does, by its name in an attention or feed-forward module
@@ -475,10 +492,11 @@ def _attention_kind(path: str, module: nn.Module, parent: nn.Module | None = Non
     return "cross-attention" if cross else "attention"
 
 
-# in the name of a feed-forward, of its class, and of one that is for the text
+# in the name of a feed-forward, of its class, of one that is for the text, and of lists of blocks that are
 FEED_FORWARD = re.compile(r"(^|_)(ff|ffn|mlp|moe|feed_forward|transition)(_|$)")
 FEED_FORWARDS = re.compile("FeedForward|FFN|Mlp|MLP|MoE|GLU|Transition|DenseGated")
 TEXT = re.compile(r"context|(^|_)(te?xt|t)(_|$)")
+TEXTS = re.compile(r"context|te?xt|caption|token_refiner|perceiver")
 
 
 def _is_feed_forward(name: str, module: nn.Module) -> bool:

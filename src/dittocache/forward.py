@@ -221,11 +221,11 @@ class Forward:
         if code == OPEN and not stack:
             decided = self._decide(j, streams.main_stream(arguments))
             self._settle(j, state, decided if isinstance(decided, Tensor) else decided != REUSE)
-        elif code == OPEN:
+        elif stack and (code == OPEN or self.recipe.when.head):
             if self.start is None:
                 self.start = streams.main_stream(arguments)
                 self.began = _counters({0: self.start})
-            if self.decision is not None:
+            if code == OPEN and self.decision is not None:
                 self._settle(j, state, self.decision)
         else:
             self._settle(j, state, code == COMPUTE)
@@ -260,7 +260,10 @@ class Forward:
         when, arguments = self.recipe.when, streams.given(args, kwargs)
         if self.attachment.position[block.name] < when.head:
             return inner(*args, **kwargs)
-        if when.signal == "modulated":
+        output, rows = None, self.row[j] == COMPUTE
+        if self.row[j] != OPEN:  # a plan that is replayed knows
+            self._seen(j, block, args, kwargs)
+        elif when.signal == "modulated":
             self.awaiting = j
             try:
                 output = inner(*args, **kwargs)
@@ -271,12 +274,11 @@ class Forward:
                 self.run.note(f"{block.name} has no attention whose input could be looked at: all is computed")
                 self.decision = True
         else:
-            output = None
             self._look(j, self._seen(j, block, args, kwargs))
         if self.recipe.where == "tail":  # the change is that of the blocks after the head
             arguments = self._own(j, arguments)
             state.arguments, state.versions = arguments, _counters(arguments)
-        self._settle(j, state, self.decision is None or self.decision)
+        self._settle(j, state, rows if self.decision is None else self.decision)
         return output
 
     def _seen(self, j: int, block: Block, args: Args, kwargs: Kwargs) -> Tensor:

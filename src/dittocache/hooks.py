@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from . import clock, streams
 from .describe import Block, Description, SiteModule, is_attention
 from .forward import Forward
 from .run import active_runs
-from .streams import Key, Passage
+from .streams import Key
 
 HOOK = "dittocache"
 _forward: ContextVar[Forward | None] = ContextVar("dittocache_forward", default=None)
@@ -37,32 +37,6 @@ class Span(NamedTuple):
     """A run of blocks that is passed by as a whole."""
 
     blocks: list[Block]
-
-
-class Blank:
-    """The passage of a block that changes shapes: zeros in the shapes of its outputs, which nothing may depend on."""
-
-    keys: tuple[Key | None, ...] = ()
-    main = 0
-    known = whole = True
-    main = 0
-
-    def __init__(self) -> None:
-        self.shapes: dict[Any, list[tuple[torch.Size, torch.dtype, torch.device]]] = {}  # by the inputs' shapes
-
-    @staticmethod
-    def _shapes(arguments: Mapping[Key, Any]) -> tuple[Any, ...]:
-        """All that the shape of an output can depend on: those of the tensors, and sizes."""
-        tensors = ((v.shape, v.dtype, v.device) for v in arguments.values() if isinstance(v, Tensor))
-        return *tensors, *(tuple(v) for v in arguments.values() if isinstance(v, (tuple, list)))
-
-    def learn(self, outputs: tuple[Tensor, ...], arguments: Mapping[Key, Any]) -> None:
-        self.shapes[self._shapes(arguments)] = [(t.shape, t.dtype, t.device) for t in outputs]
-
-    def through(self, arguments: Mapping[Key, Any]) -> tuple[Tensor, ...]:
-        """Real memory, not one expanded zero: some models write into what a block returns."""
-        made = self.shapes[self._shapes(arguments)]
-        return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in made)
 
 
 class Attachment:
@@ -84,7 +58,9 @@ class Attachment:
         trunk = [n for stack in description.stacks if stack.main for n in stack.blocks]
         self.position = {block.name: len(trunk) for block in description.blocks}
         self.position |= {description.blocks[n].name: position for position, n in enumerate(trunk)}
-        self.passages: dict[str, tuple[Passage | Blank, Any]] = {}  # block -> how streams pass it, form of its output
+        self.passages: dict[
+            str, tuple[streams.Passage | streams.Blank, Any]
+        ] = {}  # block -> how streams pass it, form of its output
         self.split = False  # whether the single linear layers are hooked as well
         self.caches: list[Any] = []
         self.aliased: set[int] = set()
@@ -200,7 +176,7 @@ class Attachment:
         """Learns the form of a block's output, and guesses how its streams pass unless that is known."""
         outputs = streams.pack(output)
         if block.reshapes:
-            blank, _ = self.passages.setdefault(block.name, (Blank(), streams.form_of(output)))
+            blank, _ = self.passages.setdefault(block.name, (streams.Blank(), streams.form_of(output)))
             blank.learn(outputs, arguments)  # type: ignore[union-attr]
             return
         if block.name in self.passages and self.passages[block.name][0].known:

@@ -79,6 +79,8 @@ class Recipe:
             raise ValueError(f"keeps='change' goes with where={', '.join(SPANS)}; got where={self.where!r}")
         if self.where == "tail" and self.keeps != "change":
             raise ValueError("where='tail' goes with keeps='change'; got keeps='output'")
+        if self.where == "tail" and isinstance(self.when, When) and not self.when.head:
+            raise ValueError(f"where='tail' needs a schedule with a head; {type(self.when).__name__} has none")
         for name, kind, optional in (
             ("when", When, False),
             ("which", Which, True),
@@ -97,7 +99,14 @@ class Recipe:
             object.__setattr__(self, name, copy.deepcopy(dict(getattr(self, name))))
         origin.check(self.made_for)
         if isinstance(self.when, Table):
-            partial = (self.when.plan.table > REUSE) & (self.when.plan.table < COMPUTE)
+            table = self.when.plan.table
+            partial: Any = ((table > REUSE) & (table < COMPUTE)).any(0)
+            spans = [n for n, kind in enumerate(self.when.plan.kinds) if partial[n] and kind in ("stack", "block")]
+            if spans:
+                raise ValueError(
+                    f"the plan computes {self.when.plan.sites[spans[0]]!r} for some samples only: a plan is for all of "
+                    "them, so take the trace of a run of one sample, or of one with batch='batch'"
+                )
             if partial.any() and self.which is None:
                 raise ValueError("the plan computes some tokens only, so the recipe needs `which`, such as ValueNorm()")
 

@@ -227,7 +227,7 @@ class Run:
         filling = tuple(f * share for f, share in zip(flops, shares)) if flops is not None and any(shares) else None
         meta: dict[str, Any] = {"num_steps": self.num_steps, "branches": self.branches}
         if self.recipe.keeps != "output":
-            meta |= {"where": self.recipe.where, "keeps": self.recipe.keeps}
+            meta |= {"where": self.recipe.where, "keeps": self.recipe.keeps, "head": self.recipe.when.head}
         if self.timesteps is not None:
             meta["timesteps"] = [self.timesteps[i] for i in k if i < len(self.timesteps)]
         return Plan(

@@ -83,6 +83,31 @@ class Passage:
         return tuple(arguments[key] for key in self.keys if key is not None)
 
 
+class Blank:
+    """The passage of a block that changes shapes: zeros in the shapes of its outputs, which nothing may depend on."""
+
+    keys: tuple[Key | None, ...] = ()
+    main = 0
+    known = whole = True
+
+    def __init__(self) -> None:
+        self.shapes: dict[Any, list[tuple[torch.Size, torch.dtype, torch.device]]] = {}  # by the inputs' shapes
+
+    @staticmethod
+    def _shapes(arguments: Mapping[Key, Any]) -> tuple[Any, ...]:
+        """All that the shape of an output can depend on: those of the tensors, and sizes."""
+        tensors = ((v.shape, v.dtype, v.device) for v in arguments.values() if isinstance(v, Tensor))
+        return *tensors, *(tuple(v) for v in arguments.values() if isinstance(v, (tuple, list)))
+
+    def learn(self, outputs: tuple[Tensor, ...], arguments: Mapping[Key, Any]) -> None:
+        self.shapes[self._shapes(arguments)] = [(t.shape, t.dtype, t.device) for t in outputs]
+
+    def through(self, arguments: Mapping[Key, Any]) -> tuple[Tensor, ...]:
+        """Real memory, not one expanded zero: some models write into what a block returns."""
+        made = self.shapes[self._shapes(arguments)]
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in made)
+
+
 def guess(outputs: tuple[Tensor, ...], arguments: Mapping[Key, Any]) -> Passage:
     """The passage as shapes tell it: an output continues the first argument of its shape that is not yet taken."""
     keys: list[Key | None] = []

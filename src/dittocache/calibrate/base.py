@@ -21,7 +21,7 @@ from ..parts import jsonable, plain
 from ..plan import REUSE
 from ..recipe import Parameter, Recipe, parameter
 from ..when import Every, When
-from .setup import Setup, conditional_half, draw
+from .setup import Setup, conditional_half, denoiser, draw
 from .statistics import Statistics
 
 
@@ -127,7 +127,7 @@ class OnSchedule(Calibrator):
         Raises:
             ValueError: the schedule is not one for this model or number of steps, or reuses nothing.
         """
-        description = describe(pipe.transformer)
+        description = describe(denoiser(pipe))
         sites = [description.columns[j] for j in wanted(Recipe(when=self.when), description)]
         table = self.when.table(num_steps, sites)
         if not (table == REUSE).any():

@@ -17,7 +17,7 @@ from ..evaluate.provenance import machine, versions
 from ..parts import check_int, check_ints, show
 from ..recipe import FILE, Recipe
 from .base import Calibrator, described, make
-from .setup import Setup, check_uncached, made_for
+from .setup import Setup, check_uncached, denoiser, made_for
 from .statistics import FILE as STATISTICS
 from .statistics import Statistics, merge, peak
 
@@ -196,13 +196,13 @@ def _settings(pipe: Any, calibrator: Calibrator, setup: Setup) -> dict[str, Any]
 
 
 def _made(pipe: Any) -> dict[str, Any]:
-    device = pipe.transformer.device
+    device = denoiser(pipe).device
     return {"versions": versions(), "machine": machine(device)}
 
 
 def _watch_memory(pipe: Any) -> None:
-    if pipe.transformer.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(pipe.transformer.device)
+    if denoiser(pipe).device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(denoiser(pipe).device)
 
 
 def _memory(pipe: Any, statistics: Statistics) -> dict[str, int]:
@@ -213,6 +213,6 @@ def _memory(pipe: Any, statistics: Statistics) -> dict[str, int]:
 
         unit = 1 if sys.platform == "darwin" else 1024
         found["peak of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if pipe.transformer.device.type == "cuda":
-        found["peak of the GPU"] = torch.cuda.max_memory_allocated(pipe.transformer.device)
+    if denoiser(pipe).device.type == "cuda":
+        found["peak of the GPU"] = torch.cuda.max_memory_allocated(denoiser(pipe).device)
     return found

@@ -77,15 +77,27 @@ def takes(pipe: Any) -> str:
     raise ValueError(f"{type(pipe).__name__} takes neither class_labels nor prompt: it cannot be sampled here")
 
 
+def denoiser(pipe: Any) -> Any:
+    """The network of a pipeline that is called every step.
+
+    Raises:
+        ValueError: it has neither a transformer nor a U-Net.
+    """
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if network is None:
+        raise ValueError(f"samples are drawn by a diffusers pipeline; {type(pipe).__name__} has no transformer")
+    return network
+
+
 def check_uncached(pipe: Any) -> None:
     """Raises a ValueError unless this is a pipeline without a cache."""
-    for name in ("transformer", "scheduler"):
-        if getattr(pipe, name, None) is None:
-            raise ValueError(f"samples are drawn by a diffusers pipeline; {type(pipe).__name__} has no {name}")
-    foreign = foreign_cache(pipe.transformer)
+    denoiser(pipe)
+    if getattr(pipe, "scheduler", None) is None:
+        raise ValueError(f"samples are drawn by a diffusers pipeline; {type(pipe).__name__} has no scheduler")
+    foreign = foreign_cache(denoiser(pipe))
     if foreign is not None:
         raise ValueError(f"a diffusers cache is on ({foreign}): call transformer.disable_cache() first")
-    if caches_on(pipe.transformer):
+    if caches_on(denoiser(pipe)):
         raise ValueError("a cache is on, but uncached runs are needed here: call dittocache.disable first")
 
 
@@ -128,4 +140,4 @@ def timesteps(pipe: Any, setup: Setup) -> Tensor:
 
 def made_for(pipe: Any, setup: Setup) -> dict[str, Any]:
     """What a recipe that is made from this setup is good for (`Recipe.made_for`)."""
-    return origin.made_for(pipe.transformer, pipe.scheduler, timesteps(pipe, setup).tolist())
+    return origin.made_for(denoiser(pipe), pipe.scheduler, timesteps(pipe, setup).tolist())

@@ -6,8 +6,8 @@ from ..fill import Hold
 from ..recipe import Int, Number, Numbers, Recipe, method
 from ..when import SignalChange
 
-# The authors' polynomials, highest power first, by the model that they were fitted on. Wan's are second-hand; its first and
-# HiDream's are for embeddings that the blocks of diffusers are not quite given, see the documentation.
+# The authors' polynomials, highest power first, by the model that they were fitted on. Wan's are second-hand; its first
+# and HiDream's are for embeddings that the blocks of diffusers are not quite given, see the documentation.
 POLYNOMIALS: dict[str, tuple[float, ...]] = {
     "flux": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
     "tangoflux": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),

@@ -1,5 +1,5 @@
 """What discovery cannot find out about a family of models, one short file a family."""
 
-from . import basic, flux, unet, uvit
+from . import bare, basic, flux, hunyuan, joint, unet, uvit, video
 
-__all__ = ["basic", "flux", "unet", "uvit"]
+__all__ = ["bare", "basic", "flux", "hunyuan", "joint", "unet", "uvit", "video"]

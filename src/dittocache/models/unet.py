@@ -75,4 +75,6 @@ def _single(unet: Any, path: str, n: int, description: Description) -> Span:
     return Span(Site(path, kind, stack, int(l), len(unet.get_submodule(stack)), n), (n,))
 
 
-register_layout(Layout(models=("UNet2DConditionModel",), order=("down_blocks", "mid_block", "up_blocks"), spans=spans))
+register_layout(
+    Layout(models=("UNet2DConditionModel", "UNet2DModel"), order=("down_blocks", "mid_block", "up_blocks"), spans=spans)
+)

@@ -114,6 +114,11 @@ class Table(When):
     def uses_stack(self) -> bool:  # type: ignore[override]
         return "stack" in self.plan.kinds
 
+    @property
+    def head(self) -> int:  # type: ignore[override]
+        """That of the schedule whose trace the plan is."""
+        return int(self.plan.meta.get("head", 0))
+
     def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
         """The plan's table, columns in the order of `sites`.
 
