@@ -9,7 +9,7 @@ SHELL := /bin/sh
 run := .venv/bin/python
 setup = @$(PYTHON) scripts/setup_venv.py
 
-.PHONY: help demo test test-all check format bundled bench docs venv clean distclean
+.PHONY: help demo test test-all check format compat bundled bench docs venv clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ format:  ## put the code into shape
 	$(setup) dev
 	@$(run) -m ruff check --fix-only --quiet .
 	@$(run) -m ruff format .
+
+compat:  ## measure every method on every model and write the table
+	$(setup) dev eval train
+	@$(run) tests/matrix.py --write
 
 bundled:  ## rebuild the bundled model, its data and its statistics from scratch
 	$(setup) build eval

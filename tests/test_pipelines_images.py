@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 # old calls of NumPy inside of diffusers' schedulers, and one of its own names
 pytestmark = [
+    pytest.mark.slow,  # the pipelines themselves; what a cache does to them is in test_pipelines_cached.py
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
 ]

@@ -43,6 +43,9 @@ def weights(pipe: Any) -> dict[str, Tensor]:
     }
 
 
+pytestmark = pytest.mark.slow  # the pipelines themselves; what a cache does to them is in test_pipelines_cached.py
+
+
 @pytest.fixture(params=list(videos.CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return videos.CASES[request.param]

@@ -80,6 +80,7 @@ def test_a_class_is_either_in_the_zoo_or_excluded_with_a_reason():
     assert all(len(reason) > 20 for reason in EXCLUDED.values())
 
 
+@pytest.mark.slow
 @every
 def test_the_entry_is_of_its_class_and_names_its_arguments(name):
     assert type(model(name)).__name__ == name == entry(name).name
@@ -89,6 +90,7 @@ def test_the_entry_is_of_its_class_and_names_its_arguments(name):
 
 
 # ---- the models -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @every
 def test_main_lists_have_three_blocks_and_all_of_them_run(name):
     ran: set[str] = set()
@@ -105,12 +107,14 @@ def test_main_lists_have_three_blocks_and_all_of_them_run(name):
     assert ran == expected
 
 
+@pytest.mark.slow
 @every
 def test_no_weight_is_left_at_a_constant(name):
     constant = [n for n, p in model(name).named_parameters() if p.numel() > 1 and (p == p.flatten()[0]).all()]
     assert not constant  # gates that start closed would hide a wrongly reused feature
 
 
+@pytest.mark.slow
 @every
 def test_what_any_block_gives_shows(name):
     built = entry(name).build(0)
@@ -141,6 +145,7 @@ def test_models_of_other_seeds_are_other_models():
 
 
 # ---- their predictions ----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @every
 def test_predicts_the_same_again(name):
     assert torch.equal(predict(name), plain(name))
@@ -156,6 +161,7 @@ def test_depends_on_all_that_it_is_given(name):
         assert distance(predict(name, {argument: other[argument]}), plain(name)) > 1e-3, argument
 
 
+@pytest.mark.slow
 @every
 def test_latents_and_time_drift_with_the_steps(name):
     """Each of them alone changes the prediction, what is given for the whole run stays."""
@@ -168,6 +174,7 @@ def test_latents_and_time_drift_with_the_steps(name):
     assert torch.equal(together, predict(name, k=3))
 
 
+@pytest.mark.slow
 @every
 def test_takes_another_size(name):
     if len(entry(name).sizes) == 1:

@@ -33,8 +33,9 @@ class Site:
 
     Args:
         name: dotted path of the module inside the transformer.
-        kind: `attention`, `cross-attention`, `feed-forward`, `context-feed-forward`, `fused` or `stack`; of a single
-            linear layer `q`, `k`, `v`, `qkv`, `proj`, `fc1`, `fc2` or `linear`.
+        kind: of a module `attention`, `cross-attention`, `feed-forward`, `context-feed-forward` or `fused`; of a single
+            linear layer `q`, `k`, `v`, `qkv`, `proj`, `fc1`, `fc2` or `linear`; of a span of blocks `block` or `stack`,
+            in a U-Net also `deep`, `resnet` or `resample`; `model` of the whole network.
         stack: dotted path of the block list it belongs to.
         block: index of its block within that list.
         depth: number of blocks of that list.

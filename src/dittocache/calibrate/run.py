@@ -40,7 +40,7 @@ def calibrate(
 
     Args:
         pipe: a diffusers pipeline without a cache.
-        method: one that is calibrated: eoc, goc, icc, eb-cache.
+        method: one that is calibrated: block-caching, eb-cache, eoc, goc, icc, magcache, teacache.
         samples: how many, or their numbers.
         setup: how they are drawn.
         out: folder for the statistics and the recipe. Statistics are written after every batch, and what is there
