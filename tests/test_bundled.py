@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dittocache import bundled
-from dittocache.bundled import build, data, judge, train
+from dittocache.bundled import build, data, judge, report, train
 from dittocache.bundled.pipeline import GlyphsPipeline
 
 
@@ -283,9 +283,9 @@ def test_build_rejects_bad_numbers(capsys):
 
 def test_nearest_training_picture():
     real = torch.rand(40, 1, 32, 32)
-    assert build.nearest(real[:3], real).max() < 0.01
-    assert build.nearest(real[:3], real, skip_self=True).min() > 0.3
-    assert build.nearest(real[:1] * 0 + 2, real * 0)[0] == pytest.approx(2.0)
+    assert report.nearest(real[:3], real).max() < 0.01
+    assert report.nearest(real[:3], real, skip_self=True).min() > 0.3
+    assert report.nearest(real[:1] * 0 + 2, real * 0)[0] == pytest.approx(2.0)
 
 
 def test_call_signature_is_that_of_a_diffusers_pipeline():

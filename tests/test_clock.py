@@ -108,6 +108,37 @@ def test_image_to_image_runs_begin_in_the_middle():
         assert cache.trace.steps == tuple(range(6)) and cache.trace.meta["num_steps"] == 6
 
 
+def test_runs_that_begin_in_the_middle_without_saying_so():
+    """Schedulers without a begin index are asked to scale the first input; the first timestep tells."""
+    model, ddim = tiny.dit(), DDIMScheduler()
+    with dittocache.enable(model, "fora", interval=4, scheduler=ddim) as cache, torch.no_grad():
+        for start in (4, 0):  # nothing of a run that began late is left to the next
+            ddim.set_timesteps(10)
+            x = tiny.latents(model)
+            for t in ddim.timesteps[start:]:
+                x = ddim.step(tiny.predict(model, ddim.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+            trace = cache.trace
+            assert trace.steps == tuple(range(10 - start)) and trace.meta["num_steps"] == 10 - start
+            assert trace.meta["timesteps"] == ddim.timesteps[start:].tolist()
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpm2m"])
+def test_a_scheduler_that_is_stepped_twice_counts_once(name):
+    """To preview the picture, say: a step lasts until the next forward."""
+    model, scheduler = tiny.dit(), scheduler_of(name)
+    with dittocache.enable(model, "fora", interval=2, scheduler=scheduler) as cache, torch.no_grad():
+        scheduler.set_timesteps(6)
+        x = tiny.latents(model)
+        for t in scheduler.timesteps:
+            prediction = tiny.predict(model, scheduler.scale_model_input(x, t), t, "separate")
+            copy.deepcopy(scheduler).step(prediction, t, x)  # not this one's: nobody listens
+            x = scheduler.step(prediction, t, x).prev_sample
+            if name == "ddim":
+                scheduler.step(prediction, t, x)
+        assert cache.trace.steps == tuple(range(6)) and cache.trace.meta["branches"] == 2
+        assert cache.trace.table[:, 0].tolist() == [1, 1, 0, 1, 0, 1]
+
+
 def test_timesteps_are_in_the_trace():
     model, scheduler = tiny.dit(), DDIMScheduler()
     with dittocache.enable(model, "fora", scheduler=scheduler) as cache:
@@ -262,6 +293,73 @@ def test_branches_by_number():
                 cache.step(k, branch=branch)
                 assert tiny.relative(tiny.call(model, (yes, no)[branch]), expected[branch]) < 1e-5
         assert cache.trace.meta["branches"] == 2 and (cache.trace.table[1:] == 0).all()
+
+
+# which branches are called at steps 0 to 5: the conditional (0), the unconditional (-1), that of another prompt (1);
+# and how often in all a branch begins anew: a prompt that is new takes the place of one not used in the last step
+ORDERS = {
+    "one joins, and goes first": ([(0,), (0,), (-1, 0), (-1, 0), (-1, 0), (-1, 0)], 2),
+    "one leaves, another comes": ([(0, -1), (0, -1), (-1,), (-1, 1), (1, -1), (0, 1)], 4),
+    "every other step": ([(0, -1), (0,), (-1, 0), (0,), (0, -1), (0,)], 2),
+}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("how", ORDERS)
+def test_branches_are_told_apart_by_what_they_are_conditioned_on(how, fresh):
+    """Not by their order, which may change on the way. Inputs do not, so each goes on to give what it gave first.
+
+    Some loops hand on the same text in every step, others a `fresh` tensor.
+    """
+    model, scheduler = tiny.pixart(), DDIMScheduler()
+    orders, computed = ORDERS[how]
+    conditions = {branch: tiny.condition(model, 2, branch) for branch in (0, -1, 1)}
+    x = tiny.latents(model)
+    plain = {b: tiny.call(model, tiny.inputs(model, x, 500, given)).detach() for b, given in conditions.items()}
+    with torch.no_grad(), dittocache.enable(model, "fora", interval=9, anchor="start", scheduler=scheduler):
+        scheduler.set_timesteps(6)
+        with tiny.Counter(model) as counter:
+            for t, order in zip(scheduler.timesteps, orders, strict=True):
+                for branch in order:
+                    given = conditions[branch]
+                    given = {name: value.clone() for name, value in given.items()} if fresh else given
+                    output = tiny.call(model, tiny.inputs(model, x, 500, given))
+                    assert tiny.relative(output, plain[branch]) < 1e-5
+                scheduler.step(output, t, x)
+    assert len(counter.calls[FF]) == computed
+
+
+def test_one_text_for_several_branches():
+    """Perturbed guidance: the branches of a step that have the same prompt are told apart by their order."""
+    model, scheduler = tiny.pixart(), DDIMScheduler()
+    given, inputs = tiny.condition(model, 2, 0), [tiny.latents(model, 2, n) for n in range(3)]
+    plain = [tiny.call(model, tiny.inputs(model, x, 500, given)).detach() for x in inputs]
+    with torch.no_grad(), dittocache.enable(model, "fora", interval=9, anchor="start", scheduler=scheduler) as cache:
+        scheduler.set_timesteps(4)
+        for t, count in zip(scheduler.timesteps, (3, 1, 2, 3), strict=True):
+            for x, expected in zip(inputs[:count], plain):
+                output = tiny.call(model, tiny.inputs(model, x, 500, given))
+                assert tiny.relative(output, expected) < 1e-5
+            scheduler.step(output, t, x)
+        assert (cache.trace.table[1:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:dittocache.*skipped nothing")
+def test_text_that_changes_with_every_step_does_not_pile_up():
+    """Features of other texts would be wrong, so each is computed; those of older ones are let go."""
+    model, scheduler = tiny.pixart(), DDIMScheduler()
+    held = []  # the texts live on
+    with torch.no_grad(), dittocache.enable(model, "fora", scheduler=scheduler) as cache:
+        bytes_of = []
+        for texts in (2, 10):
+            scheduler.set_timesteps(10)
+            for k, t in enumerate(scheduler.timesteps):
+                held.append(tiny.condition(model, 2, min(k, texts - 1)))
+                output = tiny.call(model, tiny.inputs(model, tiny.latents(model), t, held[-1]))
+                scheduler.step(output, t, tiny.latents(model))
+            bytes_of.append(cache.report().bytes_peak)
+        assert cache.trace.compute_fraction == 1
+    assert bytes_of[1] == bytes_of[0]
 
 
 @pytest.mark.parametrize("bad", [-1, 4, 1.0, 1.5, True, "1", None, float("nan")])

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import functools
 import gc
+import io
+import json
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
+import diffusers
 import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler
+from pipelines import CASES, run
 
 import dittocache
+from dittocache import Recipe
+from dittocache.when import Every
 
 METHODS = {
     "fora": {"interval": 3},
@@ -381,3 +390,317 @@ def test_features_are_let_go_at_the_end_of_a_run(pipe):
         gc.collect()
         assert len(kept) > 6 and not any(ref() is not None for ref in kept)
         assert cache.report().bytes_peak > 0
+
+
+# ---- real pipelines over one transformer ----------------------------------------------------------------------------
+# Every second step counted from the first: 3 of 5 are computed. Not all models have stacks, or linear layers to reuse.
+RECIPES = {
+    "module": Recipe(where="module", when=Every(2)),
+    "linear": Recipe(where="linear", when=Every(2)),
+    "stack": Recipe(where="stack", keeps="change", when=Every(2)),
+    "model": Recipe(where="model", when=Every(2)),
+}
+draw = functools.partial(run, steps=5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-cfg", "wan"])
+def test_threads_of_pipelines_over_one_transformer(name):
+    """Each with a scheduler of its own, and another number of steps."""
+    case, first = CASES[name], CASES[name].build(0)
+    pipes = [first, *(case.build(0) for _ in range(THREADS - 1))]
+    for pipe in pipes:
+        pipe.transformer = first.transformer
+    caches = [dittocache.enable(pipe, "fora", interval=2 + n % 2) for n, pipe in enumerate(pipes)]
+
+    def job(n):
+        return [run(case, pipes[n], steps=4 + n, seed=10 * n + r) for r in range(2)], caches[n].trace
+
+    serial = [job(n) for n in range(THREADS)]
+    threaded = in_threads(job)
+    for n in range(THREADS):
+        assert all(torch.equal(a, b) for a, b in zip(threaded[n][0], serial[n][0], strict=True)), f"thread {n}"
+        assert threaded[n][1] == serial[n][1] and len(serial[n][1].steps) == 4 + n
+        caches[n].disable()
+
+
+def test_text_to_image_and_image_to_image_of_the_same_parts():
+    """As diffusers makes the one of the other; one is called from the other's callback."""
+    text, image = CASES["flux"], CASES["flux-img2img"]
+    first = image.build(0)
+    siblings = {
+        "text": (text, diffusers.FluxPipeline.from_pipe(first)),
+        "image": (image, diffusers.FluxImg2ImgPipeline.from_pipe(first)),
+    }
+    for _, pipe in siblings.values():
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(first.scheduler.config)
+    (text, drawer), (image, painter) = siblings.values()
+    plain = draw(text, drawer), draw(image, painter)
+    recipes = {"text": RECIPES["module"], "image": RECIPES["stack"]}
+    alone = {}
+    for kind, (case, pipe) in siblings.items():
+        with dittocache.enable(pipe, recipes[kind]) as cache:
+            alone[kind] = draw(case, pipe), cache.trace
+    caches = {kind: dittocache.enable(pipe, recipes[kind]) for kind, (case, pipe) in siblings.items()}
+    inner = []
+
+    def nested(pipe, k, t, inputs):
+        if k == 1:
+            inner.append(draw(image, painter))
+        return {}
+
+    assert torch.equal(draw(text, drawer, callback_on_step_end=nested), alone["text"][0])
+    assert torch.equal(inner[0], alone["image"][0])
+    assert {kind: cache.trace for kind, cache in caches.items()} == {kind: trace for kind, (_, trace) in alone.items()}
+    third = diffusers.FluxImg2ImgPipeline.from_pipe(drawer)  # of a cached one: it looks at the types of the parts
+    assert third.transformer is first.transformer and type(third) is diffusers.FluxImg2ImgPipeline
+    for cache in caches.values():
+        cache.disable()
+    assert torch.equal(draw(text, drawer), plain[0]) and torch.equal(draw(image, painter), plain[1])
+
+
+# ---- what others do to a model --------------------------------------------------------------------------------------
+def offload_model(pipe, folder):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def offload_sequentially(pipe, folder):
+    """What `enable_sequential_cpu_offload` calls; weights are on the meta device but while a layer is called."""
+    accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
+
+
+def offload_groups(pipe, folder, kind, **more):
+    """To files, so that weights that were not brought back are garbage."""
+    here = torch.device("cpu")
+    pipe.transformer.enable_group_offload(
+        onload_device=here, offload_device=here, offload_type=kind, offload_to_disk_path=str(folder), **more
+    )
+
+
+def cast_layerwise(pipe, folder):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def fuse_projections(pipe, folder):
+    pipe.transformer.fuse_qkv_projections()
+
+
+def choose_backend(pipe, folder):
+    pipe.transformer.set_attention_backend("_native_math")
+
+
+def quantise(pipe, folder):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(pipe.transformer, torchao.Int8WeightOnlyConfig())
+
+
+def adapt(pipe, folder):
+    peft = pytest.importorskip("peft")
+    layers = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False), "style")
+    adapters = [p for name, p in pipe.transformer.named_parameters() if "lora_" in name]
+    for n, p in enumerate(adapters):
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(n))
+
+
+def compile_blocks(pipe, folder):
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+
+
+CHANGES = {
+    "offload-model": (offload_model, ("flux", "pixart-alpha")),
+    "offload-sequentially": (offload_sequentially, ("flux", "pixart-alpha")),
+    "offload-blocks": (
+        functools.partial(offload_groups, kind="block_level", num_blocks_per_group=1),
+        ("flux", "pixart-alpha"),
+    ),
+    "offload-leaves": (functools.partial(offload_groups, kind="leaf_level"), ("flux", "pixart-alpha")),
+    "cast-layerwise": (cast_layerwise, ("flux", "wan")),
+    "fuse-projections": (fuse_projections, ("flux", "wan")),
+    "choose-backend": (choose_backend, ("flux", "wan")),
+    "quantise": (quantise, ("dit", "wan")),
+    "adapt": (adapt, ("flux", "wan")),
+    "compile-blocks": (compile_blocks, ("flux", "wan")),
+}
+# those that change what the model computes
+REAL = {"cast-layerwise", "quantise", "adapt"}
+
+
+@pytest.fixture(scope="module")
+def built():
+    """Pipelines as they are made, and what they draw, for tests that change copies of them."""
+    pipes = {}
+    for name in ("dit", "flux", "pixart-alpha", "wan"):
+        pipe = CASES[name].build(0)
+        pipes[name] = pipe, draw(CASES[name], pipe)
+    return pipes
+
+
+def alike(a, b):
+    """Weights that were moved may lie otherwise in memory, and sums come out in another order."""
+    return tiny.relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("where", ["module", "linear", "stack"])
+@pytest.mark.parametrize("change, name", [(change, name) for change, (_, names) in CHANGES.items() for name in names])
+def test_a_model_that_others_change_before_and_while_a_cache_is_on(change, name, where, built, tmp_path):
+    """The cache gives the same in either order; what is left when it goes is the changed model."""
+    make, case = CHANGES[change][0], CASES[name]
+    early, late, only = (copy.deepcopy(built[name][0]) for _ in range(3))
+    for pipe in (early, late, only):
+        pipe.set_progress_bar_config(disable=True)
+    make(only, tmp_path / "only")
+    plain = draw(case, only)
+    assert (change in REAL) != alike(plain, built[name][1])
+    with dittocache.enable(late, RECIPES[where]) as cache:
+        unchanged = draw(case, late)
+        make(late, tmp_path / "late")
+        drawn = draw(case, late)
+        if where != "linear" or change != "fuse-projections":  # whose single layers are not called
+            assert cache.trace.steps == tuple(range(5)) and cache.trace.table.mean() == pytest.approx(0.6)
+        assert torch.equal(draw(case, late), drawn)
+        if change not in REAL:
+            assert alike(drawn, unchanged)
+    assert not alike(drawn, plain) and alike(draw(case, late), plain)
+    make(early, tmp_path / "early")
+    before = draw(case, early)
+    with dittocache.enable(early, RECIPES[where]):
+        assert alike(draw(case, early), drawn)
+    assert torch.equal(draw(case, early), before)
+
+
+UNDONE = {
+    "offload-model": lambda pipe: pipe.remove_all_hooks(),
+    "offload-sequentially": lambda pipe: accelerate.hooks.remove_hook_from_module(pipe.transformer, recurse=True),
+    "fuse-projections": lambda pipe: pipe.transformer.unfuse_qkv_projections(),
+    "adapt": lambda pipe: pipe.transformer.delete_adapters("style"),
+}
+
+
+@pytest.mark.parametrize("order", ["before", "while"])
+@pytest.mark.parametrize("change", UNDONE)
+def test_a_change_that_is_undone_while_a_cache_is_on(change, order, built, tmp_path):
+    """The cache is neither lost nor in the way, and the model ends as it began."""
+    make, undo, case = CHANGES[change][0], UNDONE[change], CASES["flux"]
+    pipe = copy.deepcopy(built["flux"][0])
+    pipe.set_progress_bar_config(disable=True)
+    for where in ("module", "linear"):
+        with dittocache.enable(pipe, RECIPES[where]):
+            cached = draw(case, pipe)
+        if order == "before":
+            make(pipe, tmp_path)
+        with dittocache.enable(pipe, RECIPES[where]) as cache:
+            if order == "while":
+                make(pipe, tmp_path)
+            draw(case, pipe)
+            undo(pipe)
+            assert alike(draw(case, pipe), cached)
+            assert cache.trace.steps == tuple(range(5)) and cache.trace.table.mean() < 0.7
+        assert alike(draw(case, pipe), built["flux"][1])
+
+
+def test_weights_that_are_nowhere_are_refused_in_one_line():
+    """Unlike those that accelerate brings."""
+    with torch.device("meta"):
+        model = diffusers.DiTTransformer2DModel(num_layers=1, num_attention_heads=1, attention_head_dim=8)
+    with pytest.raises(ValueError, match="parameters on the meta device: load its weights first") as e:
+        dittocache.enable(model, "fora")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("where", ["module", "stack", "model"])
+@pytest.mark.parametrize("order", ["before", "while"])
+def test_forward_hooks_see_every_step(where, order, built):
+    """Those of the model and its blocks, with what the blocks hand on, computed or not."""
+    pipe, _ = built["wan"]
+    case, model = CASES["wan"], pipe.transformer
+    with dittocache.enable(pipe, RECIPES[where]):
+        expected = draw(case, pipe)
+    watched = {"model": model, "first": model.blocks[0], "last": model.blocks[-1]}
+    calls = {name: [] for name in watched}
+    cache = dittocache.enable(pipe, RECIPES[where]) if order == "while" else None
+    handles = []
+    for name, module in watched.items():
+        see = lambda module, args, output, name=name: calls[name].append(tuple(output[0].shape))  # noqa: E731
+        handles.append(module.register_forward_hook(see))
+    cache = cache or dittocache.enable(pipe, RECIPES[where])
+    assert torch.equal(draw(case, pipe), expected)
+    cache.disable()
+    for handle in handles:
+        handle.remove()
+    forwards = 2 * 5  # of two branches
+    assert len(calls["model"]) == forwards and len(set(calls["model"])) == 1
+    computed = 2 * 3 if where == "model" else forwards
+    assert len(calls["first"]) == len(calls["last"]) == computed and len(set(calls["first"] + calls["last"])) == 1
+
+
+# ---- copies ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("where", ["module", "linear"])
+@pytest.mark.parametrize("name", ["dit", "flux", "wan-2.2"])
+def test_copies_of_a_cached_pipeline_are_uncached_and_work(name, where):
+    case, pipe = CASES[name], CASES[name].build(0)
+    plain = draw(case, pipe)
+    before = tiny.fingerprint(pipe.transformer)
+    with dittocache.enable(pipe, RECIPES[where]) as cache:
+        cached = draw(case, pipe)
+        twin = copy.deepcopy(pipe)
+        buffer = io.BytesIO()
+        torch.save(pipe.transformer, buffer)
+        buffer.seek(0)
+        transformers = [
+            twin.transformer,
+            copy.deepcopy(pipe.transformer),
+            torch.load(buffer, weights_only=False),
+        ]
+        assert all(tiny.fingerprint(transformer) == before for transformer in transformers)
+        assert type(twin) is type(CASES[name].build(0)) and type(twin.scheduler) is type(CASES[name].build(0).scheduler)
+        twin.set_progress_bar_config(disable=True)
+        run_before = cache.trace
+        for transformer in transformers:
+            twin.transformer = transformer
+            assert torch.equal(draw(case, twin), plain)
+        assert cache.trace == run_before
+        for p in twin.transformer.parameters():
+            p.data.zero_()
+        assert torch.equal(draw(case, pipe), cached)
+        with dittocache.enable(transformers[0], RECIPES[where], scheduler=twin.scheduler):
+            twin.transformer = transformers[0]
+            assert name == "wan-2.2" or torch.equal(draw(case, twin), cached)
+        assert torch.equal(draw(case, pipe), cached)
+
+
+def test_copying_in_the_middle_of_a_run(built):
+    pipe, plain = built["flux"]
+    copies = []
+
+    def copying(pipe, k, t, inputs):
+        copies.append(copy.deepcopy(pipe))
+        return {}
+
+    with dittocache.enable(pipe, RECIPES["module"]):
+        cached = draw(CASES["flux"], pipe)
+        assert torch.equal(draw(CASES["flux"], pipe, callback_on_step_end=copying), cached)
+    for twin in copies[::2]:
+        twin.set_progress_bar_config(disable=True)
+        assert alike(draw(CASES["flux"], twin), plain)
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan-2.2"])
+def test_a_cached_pipeline_is_saved_under_plain_names(name, tmp_path):
+    case, pipe = CASES[name], CASES[name].build(0)
+    plain = draw(case, pipe)
+    pipe.save_pretrained(tmp_path / "plain")
+    with dittocache.enable(pipe, RECIPES["linear"]):
+        draw(case, pipe)
+        pipe.save_pretrained(tmp_path / "cached")
+    files = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*") if path.is_file()}
+    assert files == {p.relative_to(tmp_path / "cached") for p in (tmp_path / "cached").rglob("*") if p.is_file()}
+    for file in files:
+        assert (tmp_path / "cached" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes(), file
+    index = json.loads((tmp_path / "cached" / "model_index.json").read_text())
+    assert index["_class_name"] == type(pipe).__name__
+    for part in ("transformer", "scheduler"):
+        cls = type(getattr(pipe, part))
+        setattr(pipe, part, cls.from_pretrained(tmp_path / "cached" / part))
+        assert type(getattr(pipe, part)) is cls
+    assert torch.equal(draw(case, pipe), plain)

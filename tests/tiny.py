@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from dittocache import clock
 from dittocache.bundled.pipeline import GlyphsPipeline
 from dittocache.models.uvit import UViT
 
@@ -379,10 +380,11 @@ def count_flops(function: Callable[[], Any]) -> int:
 def fingerprint(target: Any) -> dict[str, Any]:
     """Everything that a cache may touch on a model, pipeline or scheduler, for before-and-after comparisons."""
     model = target if isinstance(target, nn.Module) else getattr(target, "transformer", nn.Identity())
-    found: dict[str, Any] = {"class": type(target), "scheduler": type(getattr(target, "scheduler", None))}
+    # classes of watched objects equal plain ones
+    found: dict[str, Any] = {"class": id(type(target)), "scheduler": id(type(getattr(target, "scheduler", None)))}
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        found[name] = (type(module), tuple(sorted(module.__dict__)), len(hooks))
+        found[name] = (id(type(module)), tuple(sorted(module.__dict__)), len(hooks))
     return found
 
 
@@ -394,6 +396,8 @@ def traces_of_cache(model: nn.Module) -> list[str]:
             left.append(f"{name}: registry")
         if "forward" in module.__dict__:
             left.append(f"{name}: forward")
+        if clock.is_watched(module):
+            left.append(f"{name}: class")
         if module._forward_hooks or module._forward_pre_hooks:
             left.append(f"{name}: hook")
     return left

@@ -502,7 +502,9 @@ def _check(transformer: nn.Module) -> None:
     foreign = hooks.foreign_cache(transformer)
     if foreign is not None:
         raise RuntimeError(f"a diffusers cache is already on ({foreign}); call transformer.disable_cache() first")
-    if any(p.is_meta for p in transformer.parameters()):
+    # accelerate has the weights of what it hooks elsewhere, and brings them when they are needed
+    here = (module for module in transformer.modules() if not hasattr(module, "_hf_hook"))
+    if any(p.is_meta for module in here for p in module.parameters(recurse=False)):
         raise ValueError(f"{type(transformer).__name__} has parameters on the meta device: load its weights first")
 
 

@@ -10,15 +10,20 @@ import contextlib
 import copyreg
 import functools
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import torch
+
 _lock = threading.RLock()
 # what is told of the copies that a pipeline makes of its scheduler during a call: some step those instead
 copies: ContextVar[Callable[[Any], None] | None] = ContextVar("dittocache_copies", default=None)
-_observed: dict[tuple[type, tuple[str, ...]], type] = {}
+# the watched module that is being called, until it asks for its forward
+_calling: ContextVar[Any] = ContextVar("dittocache_calling", default=None)
+_observed: dict[tuple[type, tuple[Any, ...]], type] = {}
 _listeners: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
 
@@ -50,10 +55,21 @@ def watch_call(pipeline: Any, listener: Any) -> None:
     _watch(pipeline, listener, {"__call__": _call})
 
 
-def watch_network(module: Any, listener: Any) -> None:
-    """Lets `listener.on_call(original, args, kwargs)` stand for every call of this module, and `on_context(name)`
-    surround its `cache_context`, with which diffusers' pipelines name guidance branches, until `unwatch`."""
-    _watch(module, listener, {"__call__": _forward, "cache_context": _cache_context})
+def watch_network(module: Any, listener: Any, opaque: bool = False) -> None:
+    """Like `watch_module`; `listener.on_context(name)` surrounds the module's `cache_context`, with which diffusers'
+    pipelines name guidance branches."""
+    call = _opaque_call if opaque else _module_call
+    _watch(module, listener, {"__call__": call, "forward": _Forward, "cache_context": _cache_context})
+
+
+def watch_module(module: Any, listener: Any, opaque: bool = False) -> None:
+    """Lets `listener.on_call(module, original, *args, **kwargs)` stand for every forward of this module, until
+    `unwatch`.
+
+    Inside of the module's own hooks, and outside of its forward, whoever has wrapped that or will. If `opaque`,
+    compilers do not look inside, and if the module was compiled, the original is not.
+    """
+    _watch(module, listener, {"__call__": _opaque_call if opaque else _module_call, "forward": _Forward})
 
 
 def unwatch(target: Any, listener: Any) -> None:
@@ -64,34 +80,54 @@ def unwatch(target: Any, listener: Any) -> None:
             _listeners[target] = left
         elif target in _listeners:
             del _listeners[target]
-            if type(target) in _observed.values():
-                object.__setattr__(target, "__class__", type(target).__mro__[1])
+            if is_watched(target):
+                object.__setattr__(target, "__class__", _plain(type(target)))
 
 
 def listeners(target: Any) -> list[Any]:
     return list(_listeners.get(target, ()))
 
 
+def is_watched(target: Any) -> bool:
+    return _plain(type(target)) is not type(target)
+
+
+def _plain(cls: Any) -> Any:
+    """What a class of watched objects is made of; other classes are that themselves."""
+    return vars(cls).get("_dittocache_plain", cls)
+
+
+@functools.cache
+def _alike(metaclass: type) -> Any:
+    """A metaclass of classes that equal what they are made of: diffusers compares types, and keeps tables of them."""
+    methods = {
+        "__eq__": lambda one, other: isinstance(other, type) and _plain(one) is _plain(other),
+        "__hash__": lambda one: hash(_plain(one)),
+    }
+    return type(metaclass.__name__, (metaclass,), methods)
+
+
 def _watch(target: Any, listener: Any, methods: dict[str, Callable[[Any], Any]]) -> None:
     with _lock:
         _listeners.setdefault(target, []).append(listener)
-        if type(target) in _observed.values():
+        if is_watched(target):
             return
-        cls = type(target)
-        key = (cls, tuple(name for name in methods if hasattr(cls, name)))
+        cls: Any = type(target)
+        there = {name: make for name, make in methods.items() if hasattr(cls, name)}
+        key = cls, tuple(there.values())
         if key not in _observed:
             # bears the class's own name, so that saving a pipeline while a cache is on writes the right names
-            namespace: dict[str, Any] = {name: methods[name](getattr(cls, name)) for name in key[1]}
+            namespace: dict[str, Any] = {name: make(getattr(cls, name)) for name, make in there.items()}
             namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-            namespace["__reduce_ex__"] = _reduce
-            metaclass: Any = type(cls)
-            _observed[key] = metaclass(cls.__name__, (cls,), namespace)
+            namespace |= {"__reduce_ex__": _reduce, "_dittocache_plain": cls}
+            metaclass: type = type(cls)
+            _observed[key] = _alike(metaclass)(cls.__name__, (cls,), namespace)
         object.__setattr__(target, "__class__", _observed[key])
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles are of the plain class: they are not watched, but for those a pipeline makes in a call."""
-    plain: Any = type(self).__mro__[1]
+    plain = _plain(type(self))
     function, args, *rest = plain.__reduce_ex__(self, protocol)
     if function is getattr(copyreg, "__newobj__"):  # noqa: B009  pickle insists on the object's own class there
         function = _new
@@ -157,14 +193,52 @@ def _call(method: Any) -> Any:
     return __call__
 
 
-def _forward(method: Any) -> Any:
+def _module_call(method: Any) -> Any:
     @functools.wraps(method)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        heard = listeners(self)
-        original = functools.partial(method, self)
-        return heard[0].on_call(original, args, kwargs) if heard else original(*args, **kwargs)
+        token = _calling.set(self)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            _calling.reset(token)
 
     return __call__
+
+
+class _Forward:
+    """The `forward` of watched modules: with its listeners for the call of the module itself, plain for all others.
+
+    It goes before what others store in the module under that name, so wrappers may come and go below it.
+    """
+
+    def __init__(self, method: Any) -> None:
+        pass  # the plain class is asked every time: its forward may be replaced
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self.plain = _plain(owner)
+
+    def __get__(self, module: Any, owner: Any) -> Any:
+        if module is None:
+            return self.plain.forward
+        call = module.__dict__.get("forward") or types.MethodType(self.plain.forward, module)
+        if _calling.get() is module:
+            _calling.set(None)
+            for listener in listeners(module):
+                call = functools.partial(listener.on_call, module, call)
+        return call
+
+    def __set__(self, module: Any, forward: Any) -> None:
+        module.__dict__["forward"] = forward
+
+    def __delete__(self, module: Any) -> None:
+        del module.__dict__["forward"]
+
+
+def _opaque_call(method: Any) -> Any:
+    def uncompiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._call_impl(*args, **kwargs)
+
+    return torch.compiler.disable(_module_call(functools.wraps(method)(uncompiled)))
 
 
 def _cache_context(method: Any) -> Any:

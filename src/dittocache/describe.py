@@ -45,6 +45,7 @@ class Family:
         whole: paths or classes of sites that are not token-wise, though others of their kind are: positions come with
             the tokens, tokens are mixed, or the layout is not [batch, tokens, channels]. "*": all of the block.
         twice: paths of feed-forwards that are called a second time, with the text.
+        unused: paths of modules that the block holds, but never calls.
     """
 
     blocks: tuple[str, ...]
@@ -58,6 +59,7 @@ class Family:
     parts: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     whole: tuple[str, ...] = ()
     twice: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {}
@@ -81,12 +83,14 @@ class Layout:
             after.
         carry: `carry(stream, shape) -> stream`, from the layout of the first list of a group to that of the last, whose
             blocks give that shape, where these differ. Optional.
-        lead: (list, list): all blocks of the first run before those of the second, and do nothing but serve them
-            (control branches): together they are one stack.
+        lead: `lead(model) -> ((list, list), ...)`: all blocks of the first list run before those of the second, and do
+            nothing but serve them (control branches): together they are one stack. Optional.
         side: block lists that run beside the stacks that carry the sample (refiners of the text, control branches), or
             before them: never passed by.
         main: block lists that carry the sample, though they lie deeper, or have the name of one that runs beside.
         whole: no site is token-wise: tokens do not lie as [batch, tokens, channels], or text cannot be told from them.
+        together: rows of the batch cannot be told apart in what the blocks are given: they are decided about as one.
+        stream: position of the sample's tokens among what blocks and attentions are given.
         package: the package that the classes are from.
         order: children that hold the blocks, in order of execution, where they are defined in another.
         spans: `spans(model, description) -> spans or None`, in place of stacks and single blocks; it adds the blocks
@@ -96,10 +100,12 @@ class Layout:
     models: tuple[str, ...]
     interleaved: tuple[tuple[str, ...], ...] = ()
     carry: Carry | None = None
-    lead: tuple[tuple[str, str], ...] = ()
+    lead: Callable[[Any], tuple[tuple[str, str], ...]] | None = None
     side: tuple[str, ...] = ()
     main: tuple[str, ...] = ()
     whole: bool = False
+    together: bool = False
+    stream: int = 0
     package: str = "diffusers"
     order: tuple[str, ...] = ()
     spans: Callable[[Any, Description], list[Span] | None] | None = None
@@ -172,6 +178,8 @@ class Description:
     blocks: list[Block] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     linears: list[SiteModule] = field(default_factory=list)
+    together: bool = False  # see `Layout`, here as below
+    stream: int = 0
 
     @property
     def stacks(self) -> list[Span]:
@@ -220,13 +228,14 @@ class Description:
             notes += [] if main else ["beside the sample"]
             noted = f" ({', '.join(notes)})" if notes else ""
             lines.append(f"  {name}: {len(members)} x {classes}{noted}")
-            seen: dict[tuple[str, str, str, bool], int] = {}
-            for j in (j for b in members for j in b.inner + b.sites):
-                e = self.entries[j]
-                key = (e.path, e.site.kind, type(e.module).__name__, e.site.tokenwise)
-                seen[key] = seen.get(key, 0) + 1
-            for (path, kind, cls, tokenwise), count in seen.items():
-                lines.append(f"    {path:<14}{kind:<22}{cls:<24}{'token-wise' if tokenwise else '':<12}x {count}")
+            rows: dict[tuple[str, str, str, str], int] = {}
+            for e in (self.entries[j] for b in members for j in b.inner + b.sites):
+                row = e.path, e.site.kind, type(e.module).__name__, "token-wise" if e.site.tokenwise else ""
+                rows[row] = rows.get(row, 0) + 1
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            for row, count in rows.items():
+                cells = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
+                lines.append(f"    {cells}  x {count}")
         if not lists:
             lines += self._spans()
         return "\n".join(lines)
@@ -263,44 +272,23 @@ def describe(module: nn.Module) -> Description:
         module = getattr(module, "transformer", None) or getattr(module, "unet", module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"describe needs a torch module; got {type(module).__name__}")
-    description = Description(type(module).__name__)
     layout = _layout(module)
-    found = dict(_stacks(module, ""))
-    for name in (name for group in layout.interleaved for name in group):
-        found = {path: blocks for path, blocks in found.items() if not path.startswith(f"{name}.")}
-        found.setdefault(name, _listed(module, name))
-    found = dict(sorted(found.items(), key=lambda one: _place(one[0], layout)))
-    lists = _in_turn(module, found, layout)
+    description = Description(type(module).__name__, together=layout.together, stream=layout.stream)
+    found = _lists(module, layout)
     modules = [id(block) for blocks in found.values() for block in blocks.values()]
     if len(set(modules)) < len(modules):
         raise ValueError(f"{type(module).__name__} uses one of its blocks several times, which is not supported")
-    for name, members in lists.items():
+    leading = dict(layout.lead(module)) if layout.lead is not None else {}
+    for name, members in _in_turn(module, found, layout, leading).items():
         first = len(description.blocks)
         for listed, l, block_name in members:
-            block, indices, order = found[listed][block_name], [], len(description.blocks)
-            for path, kind, child, mutes in _parts(block):
-                indices.append(len(description.entries))
-                tokenwise = not layout.whole and _tokenwise(path, kind, child, _family(block))
-                if kind == "feed-forward" and TEXTS.search(listed):
-                    kind = "context-feed-forward"
-                site = Site(f"{block_name}.{path}", kind, listed, l, len(found[listed]), order, tokenwise)
-                description.entries.append(SiteModule(site, child, path, mutes))
-            inner = []
-            for path in _family(block).mutes:
-                child = getattr(block, path)
-                if child is not None and is_attention(child):
-                    inner.append(len(description.entries))
-                    site = Site(
-                        f"{block_name}.{path}", _attention_kind(path, child), listed, l, len(found[listed]), order
-                    )
-                    description.entries.append(SiteModule(site, child, path))
-            description.blocks.append(Block(block, block_name, tuple(indices), _family(block), inner=tuple(inner)))
+            _add(description, layout, found[listed][block_name], block_name, (listed, l, len(found[listed])))
         last = len(description.blocks) - 1
         site = Site(name, "stack", name, last - first, last - first + 1, last)
-        lead = sum(listed in dict(layout.lead) for listed, _, _ in members)
+        lead = sum(listed in leading for listed, _, _ in members)
         carry = layout.carry if len({listed for listed, _, _ in members[lead:]}) > 1 else None
-        span = Span(site, tuple(range(first, last + 1)), not _beside(members, layout), lead, carry)
-        description.spans.append(span)
+        main = not _beside(members[lead][0], layout)
+        description.spans.append(Span(site, tuple(range(first, last + 1)), main, lead, carry))
     own = layout.spans(module, description) if layout.spans is not None else None
     if not description.entries and not own:
         raise ValueError(
@@ -325,12 +313,44 @@ def describe(module: nn.Module) -> Description:
     return description
 
 
+def _add(description: Description, layout: Layout, block: nn.Module, name: str, place: tuple[str, int, int]) -> None:
+    """Adds a block with its sites; place: the list that it belongs to, its index there, and the length of the list."""
+    family, order = _family(block), len(description.blocks)
+    indices, inner = [], []
+    for path, kind, child, mutes in _parts(block):
+        indices.append(len(description.entries))
+        tokenwise = not layout.whole and _tokenwise(path, kind, child, family)
+        if TEXTS.search(place[0]):  # a list of blocks for the text
+            kind = "context-feed-forward" if kind == "feed-forward" else kind
+            tokenwise = tokenwise and kind != "cross-attention"
+        site = Site(f"{name}.{path}", kind, *place, order, tokenwise)
+        description.entries.append(SiteModule(site, child, path, mutes))
+    for path in family.mutes:
+        child = getattr(block, path)
+        if child is not None and is_attention(child):
+            inner.append(len(description.entries))
+            site = Site(f"{name}.{path}", _attention_kind(path, child), *place, order)
+            description.entries.append(SiteModule(site, child, path))
+    description.blocks.append(Block(block, name, tuple(indices), family, inner=tuple(inner)))
+
+
 def _layout(module: nn.Module) -> Layout:
     for cls in type(module).__mro__:
         layout = LAYOUTS.get(cls.__name__)
         if layout is not None and cls.__module__.split(".")[0] == layout.package:
             return layout
     return Layout(models=(type(module).__name__,))
+
+
+def _lists(module: nn.Module, layout: Layout) -> dict[str, dict[str, nn.Module]]:
+    """All lists of blocks in order of execution: dotted path -> blocks by theirs. What a layout names need hold no
+    site, and may be missing."""
+    found = dict(_stacks(module, ""))
+    there = {path: list(child.named_children()) for path, child in module.named_modules()}
+    for name in (name for group in layout.interleaved for name in group if there.get(name)):
+        found = {path: blocks for path, blocks in found.items() if not path.startswith(f"{name}.")}
+        found[name] = {f"{name}.{key}": block for key, block in there[name]}
+    return dict(sorted(found.items(), key=lambda one: _place(one[0], layout)))
 
 
 def _place(name: str, layout: Layout) -> int:
@@ -340,38 +360,31 @@ def _place(name: str, layout: Layout) -> int:
 
 
 def _in_turn(
-    module: nn.Module, found: dict[str, dict[str, nn.Module]], layout: Layout
+    module: nn.Module, found: dict[str, dict[str, nn.Module]], layout: Layout, leading: dict[str, str]
 ) -> dict[str, list[tuple[str, int, str]]]:
     """Stack name -> (list, index in it, block name) in order of execution; lists that run in turn are one stack."""
     lists = {name: [(name, l, block) for l, block in enumerate(blocks)] for name, blocks in found.items()}
     for group in layout.interleaved:
-        first, *others = (lists.pop(name) for name in group)
+        there = [name for name in group if name in lists]
+        first, *others = (lists.pop(name) for name in there)
         after: list[list[tuple[str, int, str]]] = [[one] for one in first]
         for members in others:
             named = isinstance(module.get_submodule(members[0][0]), nn.ModuleDict)
             every = -(-len(first) // len(members))
             for n, one in enumerate(members):
                 after[int(one[2].rpartition(".")[2]) if named else n * every].append(one)
-        lists[" + ".join(group)] = [one for row in after for one in row]
-    for before, name in layout.lead:
-        if before in lists:
-            lists[f"{before} + {name}"] = lists.pop(before) + lists.pop(name)
+        lists[" + ".join(there)] = [one for row in after for one in row]
+    for before, name in leading.items():
+        lists[f"{before} + {name}"] = lists.pop(before) + lists.pop(name)
     return dict(sorted(lists.items(), key=lambda one: list(found).index(one[1][0][0])))
-
-
-def _listed(module: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The blocks of a list, by their dotted paths, whatever they hold."""
-    return {f"{name}.{key}": block for key, block in module.get_submodule(name).named_children()}
 
 
 # in the names of lists that run beside the stacks that carry the sample
 BESIDE = ("refiner", "control", "vace", "context", "cond", "text", "txt", "caption", "face", "embed")
 
 
-def _beside(members: list[tuple[str, int, str]], layout: Layout) -> bool:
-    """Whether a stack does not carry the sample: known of its model, or by place and name of the list it goes by."""
-    led = dict(layout.lead)
-    name = next(listed for listed, _, _ in members if listed not in led)
+def _beside(name: str, layout: Layout) -> bool:
+    """Whether a list of blocks does not carry the sample: known of its model, or by its place and name."""
     if name in layout.side or name in layout.main:
         return name in layout.side
     return "." in name or any(word in name for word in BESIDE)
@@ -417,7 +430,7 @@ def _parts(block: nn.Module) -> list[tuple[str, str, nn.Module, tuple[nn.Module,
         stated = {family.fused: ("fused", family.mutes), **stated}
         found = {}
     else:
-        found = {path: kind for path, kind, _ in _walk(block, "") if path not in stated}
+        found = {path: kind for path, kind, _ in _walk(block, "") if path not in (*stated, *family.unused)}
     parts = {path: (kind, ()) for path, kind in found.items()} | stated
     defined = {path: n for n, (path, _) in enumerate(block.named_modules())}
     order = sorted(parts, key=lambda path: ("attention" not in parts[path][0], defined[path]))

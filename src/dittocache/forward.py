@@ -6,12 +6,12 @@ Here are the decisions and the tensors; the hooks that lead here, and the module
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from . import streams
@@ -32,8 +32,12 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-# names under which blocks are given the embedding of the timestep
-_EMBEDDINGS = ("temb", "emb", "time_emb", "timestep_proj", "timestep", "adaln_input", "conditioning")
+# names under which blocks are given the embedding of the timestep, or modulations made of it
+_EMBEDDINGS = (
+    "temb", "emb", "time_emb", "time_embed", "timestep_embed", "timestep_proj", "timestep", "adaln_input",
+    "adaln_noisy", "conditioning", "conditioning_emb", "temb_mod", "temb_mod_img", "modulation", "global_modulation",
+    "t",
+)  # fmt: skip
 
 
 class Settled(Exception):
@@ -50,8 +54,10 @@ class Passing:
         signature: of these inputs.
         rows: True computed, False passed by, or a bool tensor [samples]; None: not decided yet.
         passed: a block has been passed by.
+        first: the block that is given these inputs.
     """
 
+    first: Block
     arguments: dict[Key, Any]
     versions: tuple[int, ...]
     signature: tuple[Any, ...]
@@ -76,6 +82,7 @@ class Forward:
         self.decision: bool | Tensor | None = None  # of all main stacks
         self.awaiting: int | None = None  # the stack that the next attention's input decides about
         self.start: Tensor | None = None  # the main stream before the first of all main stacks
+        self.origin: Block | None = None  # the block that is given it
         self.began: tuple[int, ...] = ()  # its change counter then
         self.spoilt = False  # the head has changed it in place, so nothing of this forward is worth keeping
         self.probe: Tensor | None = None  # what the head has changed in it
@@ -85,8 +92,10 @@ class Forward:
         self.plain: Callable[..., Any]  # the module that is being called, uncompiled; the hook says it
         self.scoring = 0.0  # FLOPs of scoring tokens, which belong to no part of the model
         self.counter: FlopCounter | None = None
-        sample = _hidden(args, kwargs)
+        sample = _sample(args, kwargs)
         self.grid = attachment.grid(sample)
+        self.tokens = attachment.tokens(sample)
+        self.lengths: tuple[int, int] = (0, 0)  # tokens of image and text that the present block is given apart
         self.samples = self._samples(sample)
         self.selection = None if run.recipe.which is None else Selection(self)
         key = None if sample is None else (tuple(sample.shape), sample.dtype)
@@ -102,7 +111,8 @@ class Forward:
         if rows not in self.run.halves:
             self.run.halves[rows] = guidance_halves(sample)
         halves = self.run.halves[rows]
-        return Samples(rows // halves, halves, self.recipe.when.batch == "batch")
+        together = self.recipe.when.batch == "batch" or self.attachment.description.together
+        return Samples(rows // halves, halves, together)
 
     def close(self, failed: bool) -> None:
         """Ends the forward: stores what was measured, and weighs what is kept."""
@@ -139,6 +149,8 @@ class Forward:
         """A block: passed by with the span that it belongs to, or run."""
         before = self.flops()
         self.signature = _signature(args, kwargs)
+        if self.selection is not None:
+            self.lengths = _lengths(block.module, args, kwargs)
         spans = tuple(j for j in block.spans if self.row[j] is not None)
         if not spans:
             output = self._run(block, original, args, kwargs)
@@ -159,7 +171,7 @@ class Forward:
         for j in block.sites + block.inner + (block.linears if self.attachment.split else ()):
             if row[j] == OPEN and self.attachment.entry(j).mutes:
                 # the modules that feed a fused site come before it, so it is decided here
-                decided = self._decide(j, streams.main_stream(streams.given(args, kwargs)))
+                decided = self._decide(j, self._main(streams.given(args, kwargs)))
                 row[j] = COMPUTE if isinstance(decided, Tensor) else decided
             # what cannot be filled is computed, whatever the row says
             if row[j] not in (None, COMPUTE, OPEN) and not self._ready(j):
@@ -167,7 +179,10 @@ class Forward:
             elif row[j] == PARTIAL:
                 row[j] = self._tokens.share(j)
         # the shortcut has no inputs of modules to hand to a fill
-        shortcut = None if self.recipe.fill.keeps_inputs else block.family.reuse_block
+        wrapped = (
+            "forward" in block.module.__dict__
+        )  # by somebody who may have its weights elsewhere until it is called
+        shortcut = None if self.recipe.fill.keeps_inputs or wrapped else block.family.reuse_block
         if shortcut is not None and all(row[j] == REUSE for j in block.sites):
             features = {self.attachment.entry(j).path: self.filled(j, together=True) for j in block.sites}
             output = shortcut(block.module, features, *args, **kwargs)
@@ -190,7 +205,7 @@ class Forward:
 
         arguments = streams.given(args, kwargs)
         if block is span.blocks[0]:
-            self.passing[j] = self._enter(j, arguments)
+            self.passing[j] = self._enter(j, block, arguments)
         state, output = self.passing[j], None
         if state.rows is None:
             output = self._undecided(j, state, block, inner, args, kwargs)
@@ -213,17 +228,17 @@ class Forward:
         passage, form = self.attachment.passages[block.name]
         return streams.unpack(passage.through(arguments), form)
 
-    def _enter(self, j: int, arguments: dict[Key, Any]) -> Passing:
+    def _enter(self, j: int, block: Block, arguments: dict[Key, Any]) -> Passing:
         """A span begins. If it should be passed by but cannot, all of it is computed."""
         arguments = self._own(j, arguments)
-        state = Passing(arguments, _counters(arguments), self.signature)
+        state = Passing(block, arguments, _counters(arguments), self.signature)
         code, stack = self.row[j], self.attachment.columns[j].kind == "stack"
         if code == OPEN and not stack:
-            decided = self._decide(j, streams.main_stream(arguments))
+            decided = self._decide(j, self._main(arguments))
             self._settle(j, state, decided if isinstance(decided, Tensor) else decided != REUSE)
         elif stack and (code == OPEN or self.recipe.when.head):
             if self.start is None:
-                self.start = streams.main_stream(arguments)
+                self.start, self.origin = self._main(arguments), block
                 self.began = _counters({0: self.start})
             if code == OPEN and self.decision is not None:
                 self._settle(j, state, self.decision)
@@ -236,7 +251,7 @@ class Forward:
         inference tensors, which do not tell."""
         if self.recipe.keeps != "change":
             return arguments
-        if j not in self.attachment.aliased and not streams.main_stream(arguments).is_inference():
+        if j not in self.attachment.aliased and not self._main(arguments).is_inference():
             return arguments
         return {key: v.clone() if isinstance(v, Tensor) else v for key, v in arguments.items()}
 
@@ -277,7 +292,7 @@ class Forward:
             self._look(j, self._seen(j, block, args, kwargs))
         if self.recipe.where == "tail":  # the change is that of the blocks after the head
             arguments = self._own(j, arguments)
-            state.arguments, state.versions = arguments, _counters(arguments)
+            state.first, state.arguments, state.versions = block, arguments, _counters(arguments)
         self._settle(j, state, rows if self.decision is None else self.decision)
         return output
 
@@ -287,7 +302,7 @@ class Forward:
         Raises:
             RuntimeError: the block is given no embedding, or the head's output cannot be compared with its input.
         """
-        when, stream = self.recipe.when, streams.main_stream(streams.given(args, kwargs))
+        when, stream = self.recipe.when, self._main(streams.given(args, kwargs))
         if when.signal == "embedding":
             embedding = _embedding(block.module, args, kwargs)
             if embedding is None:
@@ -296,16 +311,17 @@ class Forward:
                     f"({type(block.module).__name__}) is given none: use indicator='modulated'"
                 )
             return embedding
-        if when.head and self.start is not None:
-            if stream.shape != self.start.shape:
+        if when.head and self.start is not None and self.origin is not None:
+            start = self._carried(j, self.origin, block, self.start, stream.shape)
+            if stream.shape != start.shape:
                 raise RuntimeError(
-                    f"the first {when.head} blocks make {list(stream.shape)} of {list(self.start.shape)}: their change "
+                    f"the first {when.head} blocks make {list(stream.shape)} of {list(start.shape)}: their change "
                     f"cannot be told; {self.recipe.describe()} needs fewer"
                 )
             if self.began != _counters({0: self.start}):
                 self.attachment.aliased.update(i for i, column in enumerate(self.row) if column is not None)
                 self.spoilt = True
-            self.probe = stream - self.start if self.recipe.fill.keeps_inputs else None
+            self.probe = stream - start if self.recipe.fill.keeps_inputs else None
         return stream
 
     def _look(self, j: int, signal: Tensor | None) -> None:
@@ -328,7 +344,7 @@ class Forward:
         self, rows: Tensor, original: Callable[..., Any], arguments: dict[Key, Any]
     ) -> tuple[tuple[Tensor, ...], Any]:
         """Calls something for some samples: the tensors of its output, and that output."""
-        full = {self.samples.size * self.samples.halves, len(streams.main_stream(arguments))}
+        full = {self.samples.size * self.samples.halves, len(self._main(arguments))}
 
         def mask(length: int) -> Tensor | None:
             return self.samples.spread(rows, length) if length in full else None
@@ -348,13 +364,12 @@ class Forward:
         if self.recipe.keeps == "change":
             if state.rows is True:
                 self.attachment.passed(block, output, state.arguments)
-            passage, _ = self.attachment.passages[block.name]
-            start = passage.through(state.arguments) if passage.whole else None
+            start = self._started(j, state, block, self.entry(j).values[0] if output is None else pack(output))
         if state.rows is True:
             self.run.record(j, COMPUTE)
             if state.versions != _counters(state.arguments):
                 self.attachment.aliased.add(j)  # the model changes its streams in place: copies from now on
-            elif not self.spoilt and (start is not None or self.recipe.keeps == "output"):
+            elif not self.spoilt:
                 self._keep(j, output, self.probe, state.signature, start)
             return output
         entry = self.entry(j)
@@ -377,6 +392,41 @@ class Forward:
         self.run.record(j, float(rows.float().mean()))
         return whole
 
+    def _started(self, j: int, state: Passing, block: Block, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the outputs of a span's last block were where the span began, in the layout of the outputs.
+
+        A stream that was not there, or of another shape, counts from zero: its output is kept rather than its change.
+        """
+        passage, _ = self.attachment.passages[block.name]
+        if not passage.whole:
+            self.run.note(f"{self.attachment.columns[j].name} cannot be passed by: its streams are not understood")
+        if not passage.keys:
+            return tuple(output.new_zeros(()).expand_as(output) for output in outputs)
+        begun: list[Tensor] = []
+        for n, (key, output) in enumerate(zip(passage.keys, outputs, strict=False)):  # a fill may keep more
+            before = state.arguments.get(key) if key is not None else None
+            if n == self._place(passage) and (before is None or self.attachment.spans[j].carry is not None):
+                before = self._carried(j, state.first, block, self._main(state.arguments), output.shape)
+            fits = isinstance(before, Tensor) and before.shape == output.shape
+            begun.append(before if fits else output.new_zeros(()).expand_as(output))  # type: ignore[arg-type]
+        return tuple(begun)
+
+    def _main(self, arguments: Mapping[Key, Any]) -> Tensor:
+        """The tokens of the sample, among what a block or one of its modules is given."""
+        return streams.main_stream(arguments, self.attachment.description.stream)
+
+    def _place(self, passage: streams.Passage | streams.Blank) -> int:
+        """Which output of a block continues the tokens of the sample."""
+        names = ("hidden_states", self.attachment.description.stream)
+        return next((n for n, key in enumerate(passage.keys) if key in names), 0)
+
+    def _carried(self, j: int, first: Block, last: Block, stream: Tensor, shape: torch.Size) -> Tensor:
+        """The main stream as it enters the one block, in the layout of the other; the same unless they alternate."""
+        carry = self.attachment.spans[j].carry
+        if carry is None or first.name.rpartition(".")[0] == last.name.rpartition(".")[0]:
+            return stream
+        return carry(stream, shape)
+
     # ---- sites ------------------------------------------------------------------------------------------------------
     def site(self, j: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module whose output can be kept."""
@@ -388,12 +438,14 @@ class Forward:
         self.turns[j] = self.turns.get(j, -1) + 1
         entry = self.entry(j)
         if code == OPEN:
-            decided = self._decide(j, streams.main_stream(streams.given(args, kwargs)))
+            decided = self._decide(j, self._main(streams.given(args, kwargs)))
             if isinstance(decided, Tensor):
                 return self._rows(j, decided, original, args, kwargs)
             code = self.row[j] = self._tokens.share(j) if decided == PARTIAL else decided
         if self.turns[j] and code != COMPUTE and not self._ready(j):
             code = COMPUTE
+        elif self.turns[j] and code not in (COMPUTE, REUSE) and not self._tokens.thins(j):
+            code = REUSE
         inputs = _hidden(args, kwargs) if self.recipe.fill.keeps_inputs else None
         if code == COMPUTE:
             if (
@@ -405,6 +457,8 @@ class Forward:
                 original = lambda *a, **k: observed(j, plain, a, k)  # noqa: E731
             output = self._measured(j, original, args, kwargs)
             self._keep(j, output, inputs)
+            if self.selection is not None and not self.turns[j]:
+                self.selection.image(j, entry)  # if that is not known, it is said before anything is skipped
             self.run.record(j, COMPUTE)
             entry.ages = None
             if self.recipe.fill.mixes:
@@ -419,7 +473,7 @@ class Forward:
     def mute(
         self, fed: tuple[int, nn.Module, int | None], original: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Any:
-        """A module that only feeds a fused site: hands its input on while that site is reused.
+        """A module that only feeds another site: hands zeros on while that site is reused.
 
         An attention there is a site of its own as well, for recipes about attention alone.
         """
@@ -428,12 +482,16 @@ class Forward:
             return self.site(inner, original, args, kwargs)
         if self.awaiting is not None:
             self._signal(args, kwargs)
-        if self.row[j] == REUSE:
-            return streams.main_stream(streams.given(args, kwargs))
+        key, silences = (id(module), _signature(args, kwargs)), self.attachment.silences
+        if self.row[j] == REUSE and key in silences:
+            made, form = silences[key]
+            return streams.unpack(tuple(zero.expand(shape) for zero, shape in made), form)
+        feed = original
         if self.selection is not None:
-            feed = functools.partial(self.selection.feed, j, module, original)
-            return self._measured(j, lambda *a, **k: feed(a, k), args, kwargs)
-        return self._measured(j, original, args, kwargs)
+            feed = lambda *a, **k: self._tokens.feed(j, module, original, a, k)  # noqa: E731
+        output = self._measured(j, feed, args, kwargs)
+        silences[key] = [(t.detach().new_zeros(()), t.shape) for t in pack(output)], streams.form_of(output)
+        return output
 
     @property
     def _tokens(self) -> Selection:
@@ -445,13 +503,14 @@ class Forward:
         """The first attention of the first stack is reached: what it is given decides."""
         j, self.awaiting = self.awaiting, None
         if j is not None:
-            self._look(j, streams.main_stream(streams.given(args, kwargs)))
+            self._look(j, self._main(streams.given(args, kwargs)))
         if self.decision is not True:
             raise Settled
 
     def _decide(self, j: int, state: Tensor | None, signal: Tensor | None = None) -> float | Tensor:
         """Asks the recipe's `when`; a tensor [samples] comes back only if they differ, and may be told apart."""
-        site, ready = self.attachment.columns[j], self._ready(j)
+        site, span = self.attachment.columns[j], self.passing.get(j)
+        ready = self._ready(j, None if span is None else span.signature)
         if state is None:
             return COMPUTE
         gather = self.samples.gather
@@ -527,7 +586,7 @@ class Forward:
         site, main = self.attachment.columns[j], 0
         if j in self.attachment.spans:
             known = self.attachment.passages.get(self.attachment.spans[j].blocks[-1].name)
-            main = 0 if known is None else known[0].main
+            main = 0 if known is None else self._place(known[0])
         return At(self.step, self.run.num_steps, site, inputs, together, self.samples, main)
 
     def filled(self, j: int, inputs: Tensor | None = None, together: bool = False) -> tuple[Tensor, ...]:
@@ -595,6 +654,16 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
+def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The noisy sample that a transformer is given; of a list of pictures, as much as they have in common."""
+    named = (kwargs[name] for name in ("hidden_states", "sample") if name in kwargs)
+    first = next((value for value in (*args, *named, *kwargs.values()) if value is not None), None)
+    if isinstance(first, (list, tuple)) and first and all(isinstance(one, Tensor) for one in first):
+        shape = [min(sizes) for sizes in zip(*(one.shape for one in first), strict=False)]
+        return torch.stack([one[tuple(map(slice, shape))] for one in first])
+    return first if isinstance(first, Tensor) else _hidden(args, kwargs)
+
+
 def _versions(entry: Entry) -> tuple[int, ...]:
     """Change counters of everything that is kept; torch raises them with every change in place."""
     return tuple(0 if t.is_inference() else t._version for t in entry.kept)
@@ -611,7 +680,17 @@ def _counters(arguments: Mapping[Key, Any]) -> tuple[int, ...]:
     return tuple(v._version for v in arguments.values() if isinstance(v, Tensor) and not v.is_inference())
 
 
-def _embedding(block: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
-    """The embedding of the timestep among the inputs of a block, by its name."""
+def _lengths(block: Any, args: Args, kwargs: Kwargs) -> tuple[int, int]:
+    """Tokens of the image and of the text among the inputs of a block [batch, tokens, channels]; 0 for none."""
     named = inspect.signature(block.forward).bind_partial(*args, **kwargs).arguments
-    return next((named[name] for name in _EMBEDDINGS if isinstance(named.get(name), Tensor)), None)
+    given = (named.get(name) for name in ("hidden_states", "encoder_hidden_states"))
+    image, text = (value.shape[1] if isinstance(value, Tensor) else 0 for value in given)
+    return image, text
+
+
+def _embedding(block: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    """The embedding of the timestep among the inputs of a block, by its name; of several tensors, the first."""
+    named = inspect.signature(block.forward).bind_partial(*args, **kwargs).arguments
+    given = (named.get(name) for name in _EMBEDDINGS)
+    firsts = (value[0] if isinstance(value, (tuple, list)) and value else value for value in given)
+    return next((value for value in firsts if isinstance(value, Tensor)), None)

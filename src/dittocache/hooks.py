@@ -1,13 +1,14 @@
 """The only file that touches module forwards.
 
-Every block and every site of a transformer gets a hook of diffusers' registry; a forward of the transformer looks up
-the run it belongs to, and each hook asks that run's row: compute and keep, fill, or gather, compute and scatter. The
-model's own code is never copied, and without a run the hooks hand everything through.
+Every call of a block or site of a transformer is watched; a forward of the transformer looks up the run it belongs to,
+and each hook asks that run's row: compute and keep, fill, or gather, compute and scatter. The model's own code is never
+copied, and without a run the hooks hand everything through.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,16 +16,14 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from . import clock, streams
-from .describe import Block, Description, SiteModule, is_attention
+from .describe import Block, Carry, Description, SiteModule, is_attention
 from .forward import Forward
 from .run import active_runs
 from .streams import Key
 
-HOOK = "dittocache"
 _forward: ContextVar[Forward | None] = ContextVar("dittocache_forward", default=None)
 _attachments: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
 # FLOPs of all columns by input shape; they outlive a cache, so that the next one need not count again
@@ -34,9 +33,10 @@ _lock = threading.RLock()
 
 
 class Span(NamedTuple):
-    """A run of blocks that is passed by as a whole."""
+    """A run of blocks that is passed by as a whole; `carry` is that of the model's `Layout`."""
 
     blocks: list[Block]
+    carry: Carry | None = None
 
 
 class Attachment:
@@ -52,12 +52,19 @@ class Attachment:
         self.modules = dict(enumerate(description.entries))
         self.modules |= dict(enumerate(description.linears, self.first_linear))
         self.spans = {
-            j: Span([description.blocks[n] for n in span.blocks])
+            j: Span([description.blocks[n] for n in span.blocks], span.carry)
             for j, span in enumerate(description.spans, len(description.entries))
         }
-        trunk = [n for stack in description.stacks if stack.main for n in stack.blocks]
-        self.position = {block.name: len(trunk) for block in description.blocks}
-        self.position |= {description.blocks[n].name: position for position, n in enumerate(trunk)}
+        main = [stack for stack in description.stacks if stack.main]
+        self.position: dict[str, int] = {}  # of the blocks that carry the sample; what serves one stands where it does
+        carriers = 0
+        for stack in main:
+            for l, block in enumerate(description.blocks[n] for n in stack.blocks):
+                carries = l >= stack.lead and bool(block.sites)
+                self.position[block.name] = carriers if carries or l < stack.lead else carriers - 1
+                carriers += carries
+        self.position |= {b.name: carriers for b in description.blocks if b.name not in self.position}
+        self.silences: dict[Any, tuple[list[Any], Any]] = {}  # what modules that feed a reused site hand on
         self.passages: dict[
             str, tuple[streams.Passage | streams.Blank, Any]
         ] = {}  # block -> how streams pass it, form of its output
@@ -66,12 +73,14 @@ class Attachment:
         self.aliased: set[int] = set()
         self.costs = _costs.setdefault(transformer, {})
         self.measuring = threading.Lock()
-        self.handles: list[Any] = []
-        self.hooked: list[tuple[nn.Module, bool]] = []
+        self.watched: list[tuple[weakref.ref[nn.Module], _Hook]] = []
         self.observed = False  # whether the raw tokens are listened to
         self.compiled = any(module._compiled_call_impl is not None for module in transformer.modules())
+        self.whole: Callable[..., Any] | None = None  # the transformer's forward, where that was compiled
         self.patch = getattr(getattr(transformer, "config", None), "patch_size", 1)
         self.block_of = {j: block for block in description.blocks for j in block.sites}
+        ours = [entry.site for entry in description.entries if entry.site.kind == "feed-forward"]
+        self.mixing = [site.name for site in ours if not site.tokenwise]
         self.scorers = {kind: self._scorers(kind) for kind in ("attention", "cross-attention")}
         self.mates = {
             j: group for b in self.description.blocks for group in (b.sites, b.inner, b.linears) for j in group
@@ -81,13 +90,17 @@ class Attachment:
         return self.modules[j]
 
     def _scorers(self, kind: str) -> dict[int, int]:
-        """Site -> the attention that scores its tokens: the first of its block; a fused site has its own."""
+        """Site -> the attention that scores its tokens: the first of its block, or of its part of the block (`audio_`)
+        by the longest common beginning of their paths; a fused site has its own."""
         found: dict[int, int] = {}
         for block in self.description.blocks:
             kinds = {j: self.entry(j).site.kind for j in block.sites}
-            first = next((j for j in block.sites if kinds[j] == kind), None)
-            if first is not None:
-                found |= dict.fromkeys((j for j in block.sites if kinds[j] != "attention"), first)
+            paths = {j: self.entry(j).path for j in block.sites}
+            scoring = [j for j in block.sites if kinds[j] == kind]
+            if scoring:
+                for j in (j for j in block.sites if kinds[j] != "attention"):
+                    shared = {i: _shared(paths[i], paths[j]) for i in scoring}
+                    found[j] = j if kinds[j] == kind else max(shared, key=lambda i: shared[i])
             elif kind == "attention":
                 found |= {j: j for j in block.sites if kinds[j] == "fused"}
         return found
@@ -105,20 +118,36 @@ class Attachment:
         side = int(sample.shape[1] ** 0.5) if sample.ndim == 3 else 0
         return (side, side) if side and side * side == sample.shape[1] else None
 
+    def tokens(self, sample: Tensor | None) -> int | None:
+        """How many tokens an image or video [batch, channels, (frames,) height, width] makes, or a sequence of them
+        [batch, tokens, channels]; None if not known."""
+        config = getattr(self.transformer(), "config", None)
+        if sample is None or sample.ndim < 3:
+            return None
+        if sample.ndim == 3:
+            return sample.shape[1]
+        if getattr(config, "in_channels", sample.shape[1]) != sample.shape[1]:
+            return None  # its dimensions come in another order
+        sides, patch = sample.shape[2:], self.patch
+        if isinstance(patch, int):
+            patch = [getattr(config, "patch_size_t", None) or 1, patch, patch]
+        if not isinstance(patch, (list, tuple)) or len(patch) < len(sides):
+            return None
+        return math.prod(side // cut for side, cut in zip(sides, patch[-len(sides) :], strict=True))
+
     # ---- installing -------------------------------------------------------------------------------------------------
     def install(self, transformer: nn.Module) -> None:
-        clock.watch_network(transformer, self)
-        self.handles.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self.handles.append(transformer.register_forward_hook(self._end, always_call=True))
+        if transformer._compiled_call_impl is not None:
+            self.whole = torch.compile(transformer.forward)
+        clock.watch_network(transformer, self, opaque=self.compiled)
         inner = {id(self.entry(j).module): j for block in self.description.blocks for j in block.inner}
         for block in self.description.blocks:
             for j in block.sites:
-                self._hook(self.entry(j).module, _SiteHook(self, j))
+                self._hook(self.entry(j).module, _SiteHook, j)
                 for module in self.entry(j).mutes:
-                    self._hook(module, _MuteHook(self, (j, module, inner.get(id(module)))))
-        for block in self.description.blocks:
-            self._hook(block.module, _BlockHook(self, block))
-        self._forget_registries()
+                    self._hook(module, _MuteHook, (j, inner.get(id(module))))
+        for n, block in enumerate(self.description.blocks):
+            self._hook(block.module, _BlockHook, n)
 
     def split_up(self) -> None:
         """Hooks the single linear layers as well, and counts FLOPs anew: theirs were not told apart before."""
@@ -126,8 +155,7 @@ class Attachment:
             self.split = True
             self.costs.clear()
             for j, entry in enumerate(self.description.linears, self.first_linear):
-                self._hook(entry.module, _SiteHook(self, j))
-            self._forget_registries()
+                self._hook(entry.module, _SiteHook, j)
 
     def observe(self, which: Any) -> None:
         """Listens to the raw tokens, if a selector scores by them."""
@@ -136,40 +164,25 @@ class Attachment:
             for block in self.description.blocks:
                 path = block.family.ff_input(block.module) if block.family.ff_input else None
                 if path is not None:
-                    self.handles.append(block.module.get_submodule(path).register_forward_pre_hook(self._see_input))
+                    self._hook(block.module.get_submodule(path), _InputHook, None)
 
     def remove(self) -> None:
         transformer = self.transformer()
         if transformer is not None:
             clock.unwatch(transformer, self)
-        for handle in self.handles:
-            handle.remove()
-        for module, fresh in self.hooked:
-            registry: Any = module._diffusers_hook
-            registry.remove_hook(HOOK, recurse=False)
-            if fresh and not registry.hooks:
-                del module._diffusers_hook
-            own = module.__dict__.get("forward")
-            if getattr(own, "__func__", None) is type(module).forward:
-                del module.__dict__["forward"]
-        self.handles, self.hooked = [], []
-        self._forget_registries()
+        for reference, hook in self.watched:
+            module = reference()
+            if module is not None:
+                clock.unwatch(module, hook)
+        self.watched = []
 
-    def _hook(self, module: nn.Module, hook: _Hook) -> None:
-        self.hooked.append((module, not hasattr(module, "_diffusers_hook")))
+    def _hook(self, module: nn.Module, kind: type[_Hook], target: Any) -> None:
+        hook = kind(self, target)
         if self.compiled:
             # compile under the hook: the module's own forward is compiled, the decision stays outside of any graph
             hook.compiled = torch.compile(module.forward)
-            hook.new_forward = torch.compiler.disable(hook.new_forward)  # type: ignore[method-assign]
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-
-    def _forget_registries(self) -> None:
-        """diffusers remembers which children carry hooks; that list has just changed."""
-        transformer = self.transformer()
-        for module in transformer.modules() if transformer is not None else ():
-            registry = getattr(module, "_diffusers_hook", None)
-            if registry is not None and hasattr(registry, "_child_registries_cache"):
-                registry._child_registries_cache = None
+        self.watched.append((weakref.ref(module), hook))
+        clock.watch_module(module, hook, opaque=self.compiled)
 
     # ---- streams ----------------------------------------------------------------------------------------------------
     def passed(self, block: Block, output: Any, arguments: dict[Key, Any]) -> None:
@@ -214,77 +227,71 @@ class Attachment:
         finally:
             _context.reset(token)
 
-    def on_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Surrounds a call of the transformer where a recipe may reuse what the whole of it returns."""
-        self._begin(None, args, kwargs)
-        forward = _forward.get()
-        if forward is None or forward.row[self.output] is None:
+    def on_call(self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands for a call of the transformer: a forward of the run that is at work here, if there is one."""
+        runs = [run for run in active_runs() if run.owner in self.caches and not run.ended]
+        if not runs or not runs[-1].reached():
+            for cache in self.caches[-1:]:
+                cache.without_run()
             return original(*args, **kwargs)
-        failed = True
+        forward = Forward(self, runs[-1], args, kwargs, _context.get())
+        if self.whole is not None and forward.counter is None:
+            original = self.whole
+        token, failed = _forward.set(forward), True
         try:
-            output = forward.network(original, args, kwargs)
+            if forward.row[self.output] is None:
+                output = original(*args, **kwargs)
+            else:
+                output = forward.network(original, args, kwargs)
             failed = False
             return output
         finally:
-            _forward.set(None)
+            _forward.reset(token)
             forward.close(failed)
 
-    def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        present = _forward.get()
-        if module is not None and present is not None and present.attachment is self:
-            return  # begun by `on_call`
-        runs = [run for run in active_runs() if run.owner in self.caches and not run.ended]
-        if runs and runs[-1].reached():
-            _forward.set(Forward(self, runs[-1], args, kwargs, _context.get()))
-            return
-        _forward.set(None)
-        self.caches[-1].without_run()
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        forward = _forward.get()
-        if forward is not None and forward.attachment is self and forward.row[self.output] is None:
-            _forward.set(None)
-            forward.close(failed=output is None)
+class _Hook:
+    """What stands for the calls of a module within a forward; `target` says which it is of the attachment's."""
 
-    def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        forward = _forward.get()
-        if forward is not None and forward.attachment is self and forward.selection is not None:
-            forward.selection.raw = args[0] if forward.recipe.which.uses_input else None
-
-
-class _Hook(ModelHook):
     def __init__(self, attachment: Attachment, target: Any) -> None:
-        super().__init__()
-        self.attachment, self.target = attachment, target
+        # weak, as it is reached from the module, which the attachment holds
+        self.attachment, self.target = weakref.ref(attachment), target
         self.compiled: Callable[..., Any] | None = None
 
-    def handle(self, forward: Forward) -> Callable[..., Any]:
-        raise NotImplementedError
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def on_call(self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         forward = _forward.get()
-        if forward is None or forward.attachment is not self.attachment:
-            return self.fn_ref.original_forward(*args, **kwargs)
+        if forward is None or forward.attachment is not self.attachment():
+            return original(*args, **kwargs)
+        forward.plain = original
         # what is called while FLOPs are counted would never be compiled again
         counted = self.compiled is None or forward.counter is not None
-        forward.plain = self.fn_ref.original_forward
-        original = forward.plain if counted else self.compiled
-        return self.handle(forward)(self.target, original, args, kwargs)
+        return self.handle(forward, module, original if counted else self.compiled, args, kwargs)
+
+    def handle(self, forward: Forward, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
 
 
 class _BlockHook(_Hook):
-    def handle(self, forward: Forward) -> Callable[..., Any]:
-        return forward.block
+    def handle(self, forward: Forward, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        return forward.block(forward.attachment.description.blocks[self.target], original, args, kwargs)
 
 
 class _SiteHook(_Hook):
-    def handle(self, forward: Forward) -> Callable[..., Any]:
-        return forward.site
+    def handle(self, forward: Forward, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        return forward.site(self.target, original, args, kwargs)
 
 
 class _MuteHook(_Hook):
-    def handle(self, forward: Forward) -> Callable[..., Any]:
-        return forward.mute
+    def handle(self, forward: Forward, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        site, inner = self.target
+        return forward.mute((site, module, inner), original, args, kwargs)
+
+
+class _InputHook(_Hook):
+    def handle(self, forward: Forward, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        if forward.selection is not None:
+            forward.selection.raw = args[0] if forward.recipe.which.uses_input else None
+        return original(*args, **kwargs)
 
 
 def attach(transformer: nn.Module, cache: Any, description: Description) -> Attachment:
@@ -309,6 +316,11 @@ def attach(transformer: nn.Module, cache: Any, description: Description) -> Atta
             detach(transformer, cache)
             raise
         return attachment
+
+
+def _shared(a: str, b: str) -> int:
+    """How many letters two paths have in common from their beginning."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class Call(NamedTuple):

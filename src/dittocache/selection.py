@@ -26,11 +26,11 @@ class Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Attended | None = None
+        self.seen: list[Attended] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.seen = self._attended(*args, **(kwargs or {}))
+            self.seen.append(self._attended(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -53,6 +53,11 @@ class Selection:
         self.which = forward.recipe.which
         self.attachment = forward.attachment
         self.scorers = self.attachment.scorers[self.which.scored_by]
+        if self.attachment.mixing:
+            self.run.note(
+                f"{self.attachment.mixing[0]} and others like it mix their tokens, or those of several things: none of "
+                "them is computed on its own at partial steps"
+            )
         self.raw: Tensor | None = None  # tokens before the norm of the feed-forward
         self.choices: dict[int, Tensor] = {}  # of fused sites, made before the site itself is reached
 
@@ -60,13 +65,49 @@ class Selection:
     def share(self, j: int) -> float:
         """The share of tokens that the selector wants at a partial step; with none of them, all grow older."""
         entry = self.forward.entry(j)
-        tokens = entry.values[0][0].shape[1]
-        share = self.which.count(self._site(j), self.forward.step, self.run.num_steps, tokens) / tokens
-        if share == REUSE:
+        image, tokens = self.image(j, entry), entry.values[0][0].shape[1]
+        own = len(range(tokens)[image])
+        count = self.which.count(self._site(j), self.forward.step, self.run.num_steps, own)
+        if not count:
             self._grow_older(entry)
-        elif 0 < share < COMPUTE and self.attachment.entry(j).mutes and not self._fed(j).values:
+        elif count < own and not all(self._fed(j, one).values for one in self._attentions(j)):
             return COMPUTE  # the attention in front of it is not kept
-        return float(share)
+        return COMPUTE if count == own else count / tokens
+
+    def image(self, j: int, entry: Entry) -> slice:
+        """Which tokens of a site may be chosen: all, or those that are not text.
+
+        Raises:
+            RuntimeError: the tokens of the image cannot be told from text.
+        """
+        block, site = self.attachment.block_of[j], self._site(j)
+        text, own = block.family.text, self.forward.tokens
+        apart = bool(block.family.twice) or any("context" in self._site(i).kind for i in block.sites)
+        if site.kind not in ("feed-forward", "cross-attention") or text is None or apart:
+            return slice(None)
+        tokens, (apart_image, apart_text) = entry.values[0][0].shape[1], self.forward.lengths
+        if apart_text and apart_image + apart_text == tokens:  # the block has joined them
+            own = apart_image
+        if self.which.select_text or own == tokens or not self.which.selects(site):
+            return slice(None)
+        if own is None or own > tokens:
+            raise RuntimeError(
+                f"the {tokens} tokens of {site.name!r} hold text, but it is not known how many: "
+                "select_text=True chooses among all of them"
+            )
+        return slice(tokens - own, None) if text == "first" else slice(own)
+
+    def thins(self, j: int) -> bool:
+        """Whether the second call of a site in a forward is thinned out: it is for the text, if there are two."""
+        family = self.attachment.block_of[j].family
+        return self.which.select_text or self.attachment.entry(j).path not in family.twice
+
+    def _of_text(self, j: int) -> bool:
+        """Whether a site's present call is about the text."""
+        second = (
+            self.forward.turns.get(j, 0) and self.attachment.entry(j).path in self.attachment.block_of[j].family.twice
+        )
+        return bool(second) or self._site(j).kind == "context-feed-forward"
 
     def _due(self, j: int, tokens: int) -> bool:
         """Whether a partial step scores tokens by this attention before it is computed again."""
@@ -99,34 +140,44 @@ class Selection:
         self.forward.scoring += self.forward.flops() - before
         return output
 
-    def _score(self, j: int, seen: Attended | None, rows: int) -> Tensor:
-        """Raw scores [batch, tokens] of an attention; those within or along frames are laid out as the tokens are."""
-        if seen is None:
+    def _score(self, j: int, seen: list[Attended], rows: int) -> Tensor:
+        """Raw scores [batch, tokens] of an attention: its last, of which some models make one for every row."""
+        if not seen:
             raise RuntimeError(
                 f"selector {self.which.name!r} sees no attention in {self._site(j).name!r}, which does not use torch's "
                 "scaled_dot_product_attention; use random, similarity, norm or straight"
             )
-        score = self.which.observe(seen, self.forward.samples.halves)
-        if len(score) == rows:
-            return score
-        groups = score.unflatten(0, (rows, -1))
-        return (groups.transpose(1, 2) if "temporal" in self._site(j).name else groups).flatten(1)
+        each = rows if len(seen) == rows and len(seen[-1].query) == 1 else 1
+        score = torch.cat([self.which.observe(one, self.forward.samples.halves) for one in seen[-each:]])
+        return score
 
-    def _own(self, j: int, observed: Tensor | None, tokens: int) -> Tensor | None:
-        """The part of a joint attention's scores that belongs to the tokens of a site.
+    def _own(self, j: int, x: Tensor) -> Tensor | None:
+        """The scores of the tokens x of a site: a part of a joint attention's, or of attentions within or along frames.
 
         Raises:
-            RuntimeError: it is not known whether text or image comes first.
+            RuntimeError: its block has no attention, or it is not known whether text or image comes first.
         """
-        if observed is None or observed.shape[1] == tokens:
+        if not self.which.observes:
+            return None
+        rows, tokens = x.shape[:2]
+        observed = self.forward.entry(self.scorers[j]).observed if j in self.scorers else None
+        if observed is None:
+            raise RuntimeError(
+                f"selector {self.which.name!r} has no {self.which.scored_by} to score the tokens of "
+                f"{self._site(j).name!r} by; use random, similarity, norm or straight"
+            )
+        if observed.shape == (rows, tokens):
             return observed
+        if observed.numel() == rows * tokens:
+            groups = observed.unflatten(0, (rows, -1))
+            return (groups.transpose(1, 2) if "temporal" in self._site(j).name else groups).flatten(1)
         text = self.attachment.block_of[j].family.text
         if text is None:
             raise RuntimeError(
                 f"selector {self.which.name!r}: it is not known whether text or image comes first in "
                 f"{self._site(self.scorers[j]).name!r}; use random, similarity, norm or straight"
             )
-        first = (text == "first") == (self._site(j).kind == "context-feed-forward")
+        first = (text == "first") == self._of_text(j)
         return observed[:, :tokens] if first else observed[:, -tokens:]
 
     def _site(self, j: int) -> Any:
@@ -147,10 +198,11 @@ class Selection:
         """Numbers [batch, count] of the tokens of a site that are computed."""
         which, entry, halves = self.which, self.forward.entry(j), self.forward.samples.halves
         ages = self._grow_older(entry)
-        observed = self.forward.entry(self.scorers[j]).observed if which.observes and j in self.scorers else None
         inputs = x if self.raw is None or self._site(j).kind != "feed-forward" else self.raw
-        base = which.base(self._own(j, observed, x.shape[1]), inputs, held, halves, self.run.generator)
-        return which.choose(which.score(base, ages, self._cells(x.shape[1]), halves), count)
+        base = which.base(self._own(j, x), inputs, held, halves, self.run.generator)
+        image = self.image(j, entry)
+        score = which.score(base[:, image], ages[:, image], self._cells(len(range(x.shape[1])[image])), halves)
+        return which.choose(score, count) + (image.start or 0)
 
     def _cells(self, tokens: int) -> tuple[int, int] | None:
         """The token grid, if it is that of these tokens and cells fit into it."""
@@ -207,8 +259,13 @@ class Selection:
         return output
 
     # ---- fused sites ------------------------------------------------------------------------------------------------
-    def _fed(self, j: int) -> Entry:
-        return self.run.entry(j, self.forward.branch, FED, self.forward.network_number)
+    def _fed(self, j: int, module: nn.Module) -> Entry:
+        """What is kept of an attention in front of a fused site."""
+        call = FED - self.attachment.entry(j).mutes.index(module)
+        return self.run.entry(j, self.forward.branch, call, self.forward.network_number)
+
+    def _attentions(self, j: int) -> list[nn.Module]:
+        return [module for module in self.attachment.entry(j).mutes if self.attachment.is_attention(module)]
 
     def feed(self, j: int, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module that only feeds a fused site, in a step that computes some of the site's tokens, or all of them.
@@ -220,13 +277,14 @@ class Selection:
         if share == COMPUTE or share is None:
             if not attention or share is None or not self._due(j, x.shape[1]):
                 return original(*args, **kwargs)
-            output = self.observed(j, original, args, kwargs)
-            fed = self._fed(j)
-            fed.values = [tuple(t.detach() for t in streams.pack(output))]
+            scores = module is self._attentions(j)[0]
+            output = self.observed(j, original, args, kwargs) if scores else original(*args, **kwargs)
+            fed = self._fed(j, module)
+            fed.values, fed.form = [tuple(t.detach() for t in streams.pack(output))], streams.form_of(output)
             return output
         if attention:
-            (held,) = self._fed(j).values[0]
-            return held
+            fed = self._fed(j, module)
+            return streams.unpack(fed.values[0], fed.form)
         if not isinstance(module, nn.Linear):
             return original(*args, **kwargs)
         if j not in self.choices:

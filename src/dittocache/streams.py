@@ -51,9 +51,10 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Key, Any]:
     return dict([*enumerate(args), *kwargs.items()])
 
 
-def main_stream(arguments: Mapping[Key, Any]) -> Tensor:
-    """The tokens of the sample: `hidden_states`, or the first tensor."""
-    named = arguments.get("hidden_states")
+def main_stream(arguments: Mapping[Key, Any], position: int = 0) -> Tensor:
+    """The tokens of the sample: `hidden_states`, or the argument at a position other than the first, or the first
+    tensor."""
+    named = arguments.get("hidden_states", arguments.get(position) if position else None)
     return named if isinstance(named, Tensor) else next(v for v in arguments.values() if isinstance(v, Tensor))
 
 
@@ -73,11 +74,6 @@ class Passage:
     def whole(self) -> bool:
         return None not in self.keys
 
-    @property
-    def main(self) -> int:
-        """Which output continues the tokens of the sample."""
-        return next((n for n, key in enumerate(self.keys) if key in ("hidden_states", 0)), 0)
-
     def through(self, arguments: Mapping[Key, Any]) -> tuple[Tensor, ...]:
         """The streams as they came in, in the order of the outputs."""
         return tuple(arguments[key] for key in self.keys if key is not None)
@@ -87,7 +83,6 @@ class Blank:
     """The passage of a block that changes shapes: zeros in the shapes of its outputs, which nothing may depend on."""
 
     keys: tuple[Key | None, ...] = ()
-    main = 0
     known = whole = True
 
     def __init__(self) -> None:

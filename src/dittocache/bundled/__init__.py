@@ -2,6 +2,7 @@
 
 >>> pipe = load("glyphs")
 >>> pipe("DITTO", num_inference_steps=20).images  # five PIL pictures
+>>> load("emoji")(["red heart", "cat face"], num_inference_steps=20).images  # two more
 """
 
 from __future__ import annotations
@@ -29,15 +30,24 @@ def folder(name: str) -> Path:
     return _FOLDER / name
 
 
+def emoji_names(held_out: bool = False) -> list[str]:
+    """The names that the model "emoji" was trained on, or with `held_out` those that were kept from it."""
+    from .noto import read_index
+
+    return [e.name for e in read_index(folder("emoji")) if e.held_out == held_out]
+
+
 def load(
     name: str, torch_dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
 ) -> DiffusionPipeline:
     """The pipeline of a bundled model, moved to `device` if one is given (weights are stored in float16)."""
     path = folder(name)
-    from .pipeline import GlyphsPipeline  # diffusers takes seconds to import
+    from .pipeline import PIPELINES  # diffusers takes seconds to import
 
     # The options avoid a warning on every load: the low-memory path needs `accelerate`, and 6 MB need no such path;
     # the argument for the precision changes its name between versions of diffusers.
-    pipe = GlyphsPipeline.from_pretrained(str(path), local_files_only=True, low_cpu_mem_usage=False)
-    torch.nn.Module.to(pipe.transformer, torch_dtype)  # diffusers' own `to` warns about layers that do not exist here
+    pipe = PIPELINES[name].from_pretrained(str(path), local_files_only=True, low_cpu_mem_usage=False)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            torch.nn.Module.to(module, torch_dtype)  # diffusers' own `to` warns about layers that do not exist here
     return pipe if device is None else pipe.to(device)

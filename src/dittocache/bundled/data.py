@@ -53,7 +53,7 @@ SKIPPED_FAMILIES = re.compile(r"Math|Symbols|Nushu")  # not text faces
 
 
 class Split(NamedTuple):
-    """Pictures uint8 [n, 32, 32] and labels int64 [n]."""
+    """Pictures uint8 [n, 32, 32] (or [n, side, side, 3], in colour) and labels int64 [n]."""
 
     pictures: np.ndarray
     labels: np.ndarray

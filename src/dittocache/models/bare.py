@@ -13,9 +13,10 @@ register_family(
         parts=(("down_proj", "feed-forward", ("gate_proj", "up_proj", "mlp_act")),),
     )
 )
-register_family(
-    Family(blocks=("MiniMaxMusic3TransformerBlock",), text="first", parts=(("ff_out", "feed-forward", ("ff_in",)),))
-)
+register_family(Family(blocks=("MiniMaxMusic3TransformerBlock",), parts=(("ff_out", "feed-forward", ("ff_in",)),)))
+
+# its mask has rows of queries
+register_family(Family(blocks=("DecoderLayer",), whole=("layer.1.attention",)))
 
 # ---- UVit2D (aMUSEd) ------------------------------------------------------------------------------------------------
 # convolutions as feed-forwards: [batch, channels, height, width] in, normed over all places

@@ -33,7 +33,8 @@ def _modulation(block: Any, x: Tensor, timestep: Any, class_labels: Any, rows: t
 def _is_plain(linear: nn.Module) -> bool:
     """Its weight can be read directly: no LoRA or quantised class, no hooks, no offloading."""
     hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    return type(linear) is nn.Linear and linear.bias is not None and not hooked
+    own = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+    return own and linear.bias is not None and not hooked
 
 
 def reuse_block(

@@ -113,6 +113,7 @@ register_family(Family(blocks=("ChromaTransformerBlock", "Flux2TransformerBlock"
 # FLUX.2: both projections lie within the attention
 register_family(Family(blocks=("Flux2SingleTransformerBlock",), fused="attn", text="first"))
 # FLUX.3: streams of text, image and condition on their own, then blocks that run attention and feed-forward in turn
+# of all three at once
 register_family(Family(blocks=("Flux3SingleTransformerBlock",), text="first"))
 register_layout(
     Layout(

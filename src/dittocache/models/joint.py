@@ -19,8 +19,6 @@ register_family(
             "OmniGenBlock",
             "QwenImageTransformerBlock",
             "QwenImage21TransformerBlock",
-            "StableAudioDiTBlock",
-            "StableAudio3DiTBlock",
         ),
         text="first",
     )
@@ -33,6 +31,7 @@ register_family(
             "JoyImageTransformerBlock",
             "JoyImageEditPlusTransformerBlock",
             "MochiTransformerBlock",
+            "ZImageTransformerBlock",
         ),
         text="last",
     )
@@ -48,18 +47,36 @@ register_family(
 # experts choose their tokens
 register_family(Family(blocks=("NucleusMoEImageTransformerBlock",), text="last", whole=("NucleusMoELayer",)))
 register_family(Family(blocks=("LuminaNextDiTBlock", "AudioDiTBlock"), whole=("attn2", "cross_attn")))  # queries rotate
+# the blocks of LTX-2, but without sound
+SOUND = ("audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn", "audio_ff")
+register_family(Family(blocks=("SanaWMLTX2RefinerTransformerBlock",), unused=SOUND))
 register_family(
     Family(blocks=("LTX2VideoTransformerBlock",), whole=("audio_to_video_attn", "video_to_audio_attn"))  # here too
 )
-# tokens come first, then the batch; packed without a batch; padded; one token of many; text within
+# [tokens, batch, channels]; a mask with more rows than there are; one token of many
+register_layout(
+    Layout(
+        models=("ErnieImageTransformer2DModel", "PriorTransformer"),
+        whole=True,
+        together=True,
+    )
+)
+# [tokens of all rows, channels], of text and of the sample
+register_layout(Layout(models=("Cosmos3OmniTransformer",), whole=True, together=True, stream=1))
+# modulations of all rows and one more; rows are places; lists of videos, and what was kept of a reference
+register_layout(
+    Layout(
+        models=("QwenImage21Transformer2DModel", "TransformerTemporalModel", "WanAnimate2Transformer3DModel"),
+        together=True,
+    )
+)
+# padded for the text, or in between; text, video and sound in one
 register_layout(
     Layout(
         models=(
-            "ErnieImageTransformer2DModel",
-            "Cosmos3OmniTransformer",
             "Ideogram4Transformer2DModel",
             "MiniMaxH3Transformer3DModel",
-            "PriorTransformer",
+            "ZImageTransformer2DModel",
         ),
         whole=True,
     )

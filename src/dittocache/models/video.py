@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Size, Tensor
 
 from ..describe import Layout, register_layout
@@ -25,7 +27,11 @@ register_layout(Layout(models=("WanAnimateTransformer3DModel",), interleaved=(("
 register_layout(
     Layout(models=("ConsisIDTransformer3DModel",), interleaved=(("transformer_blocks", "perceiver_cross_attention"),))
 )
-# hints for the blocks, all made before
-register_layout(
-    Layout(models=("WanVACETransformer3DModel",), lead=(("vace_blocks", "blocks"),), order=("vace_blocks", "blocks"))
-)
+
+
+def vace_lead(model: Any) -> tuple[tuple[str, str], ...]:
+    """The hints for the blocks are all made before; none of them may be added where the last block has left off."""
+    return () if len(model.blocks) - 1 in model.config.vace_layers else (("vace_blocks", "blocks"),)
+
+
+register_layout(Layout(models=("WanVACETransformer3DModel",), lead=vace_lead, order=("vace_blocks", "blocks")))

@@ -1,0 +1,101 @@
+"""Every method on every model, and what must hold over runs: design, section 4."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import matrix
+import pytest
+import torch
+from zoo import ZOO, Entry, prediction
+
+import dittocache
+
+MODELS = list(matrix.models())
+COLUMNS = list(matrix.METHODS)
+# a fifth of the cells a run of `make test`, in every row and in every column; all of them in `make test-all`
+SOME = [(m, c) for n, m in enumerate(MODELS) for i, c in enumerate(COLUMNS) if (n + i) % 5 == 0]
+REST = [(m, c) for m in MODELS for c in COLUMNS if (m, c) not in SOME]
+EXACT = 0.02  # of the shares in the table: torch's FLOP formulas differ a little between versions
+
+
+@pytest.fixture(scope="module")
+def cells() -> dict:
+    return json.loads(matrix.CELLS.read_text(encoding="utf-8"))
+
+
+def test_the_table_names_every_model_and_method(cells) -> None:
+    assert list(cells) == MODELS, "run make compat"
+    assert all(list(row) == COLUMNS for row in cells.values()), "run make compat"
+    methods = {method for method, _ in matrix.METHODS.values()}
+    assert methods == set(dittocache.methods()) - {"none"}, "a method has no column"
+    assert matrix.TABLE.read_text(encoding="utf-8") == matrix.page(cells), "run make compat"
+
+
+@pytest.mark.parametrize(("model", "column"), SOME)
+def test_cell(cells, model: str, column: str) -> None:
+    check(cells, model, column)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "column"), REST)
+def test_other_cell(cells, model: str, column: str) -> None:
+    check(cells, model, column)
+
+
+def check(cells, model: str, column: str) -> None:
+    found = matrix.measure(*(built := matrix.models()[model]())[:2], column, built[2])
+    listed = cells[model][column]
+    assert found.keys() == listed.keys(), f"{found} instead of {listed}: run make compat"
+    if "computed" in found:
+        assert found["computed"] == pytest.approx(listed["computed"], abs=EXACT), "run make compat"
+    else:
+        assert found == listed, "run make compat"
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+def moving(entry: Entry, model, cache, steps: int = 5, **kwargs) -> list[torch.Tensor]:
+    """The predictions of a run whose inputs drift."""
+    with torch.no_grad(), cache.run(steps, timesteps=[900 - 100 * k for k in range(steps)]):
+        outputs = []
+        for k in range(steps):
+            cache.step(k)
+            outputs.append(prediction(model, entry.inputs(model, k=k, steps=steps, **kwargs)))
+    return outputs
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+@pytest.mark.filterwarnings("ignore:dittocache")
+def test_runs(name: str) -> None:
+    """All-compute is the plain model; two runs are equal; what was interrupted, or of another shape, leaves nothing."""
+    entry = ZOO[name]
+    model = entry.build(0)
+    with torch.no_grad():
+        plain = [prediction(model, entry.inputs(model, k=k, steps=5)) for k in range(5)]
+    with dittocache.enable(model, "none") as cache:
+        assert equal(moving(entry, model, cache), plain), "an all-compute run differs from the plain model"
+    names = [c for c in ("fora", "taylorseer", "teacache", "fbcache", "magcache", "taylorseer lite")]
+    column = names[list(ZOO).index(name) % len(names)]
+    recipe = matrix.recipe_for(column, model, lambda: plain[0])
+    with dittocache.enable(model, recipe) as cache:
+        first = moving(entry, model, cache)
+        assert equal(moving(entry, model, cache), first), f"two runs of {column} differ"
+        with warnings.catch_warnings(), torch.no_grad(), cache.run(5, timesteps=[900, 800, 700, 600, 500]):
+            cache.step(0)
+            prediction(model, entry.inputs(model, k=0, steps=5, seed=9))
+            cache.step(1)
+            prediction(model, entry.inputs(model, k=1, steps=5, seed=9))
+        moving(entry, model, cache, steps=4, batch=1)
+        if len(entry.sizes) > 1:
+            moving(entry, model, cache, size=entry.sizes[1])
+        assert equal(moving(entry, model, cache), first), (
+            f"{column}: an interrupted run, or one of another shape, shows"
+        )
+    with torch.no_grad():
+        after = [prediction(model, entry.inputs(model, k=k, steps=5)) for k in range(5)]
+    assert equal(after, plain), "disable did not restore the model"
