@@ -468,9 +468,9 @@ def test_a_pattern_chooses_sites():
 
 def test_a_time_embedding_that_is_not_there():
     model = tiny.uvit()
-    with dittocache.enable(model, "teacache", indicator="embedding") as cache:
-        with one_line("time embedding", "UViTBlock", "indicator='modulated'", error=RuntimeError):
-            tiny.predictions(model, cache, 3)
+    words = ("time embedding", "UViTBlock", "indicator='modulated'")
+    with dittocache.enable(model, "teacache", indicator="embedding") as cache, one_line(*words, error=RuntimeError):
+        tiny.predictions(model, cache, 3)
 
 
 def test_a_where_that_matches_nothing():

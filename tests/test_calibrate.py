@@ -41,6 +41,7 @@ from dittocache.cli import app
 
 SETUP = Setup(num_steps=5, guidance_scale=1.5, seed=50, conditions=(3, 7, 1))
 METHODS = ("eoc", "goc", "icc", "eb-cache")
+KNOWN = "block-caching, eb-cache, eoc, goc, icc, magcache, teacache"
 MODULES = [f"transformer_blocks.{l}.{part}" for l in range(3) for part in ("attn1", "ff")]
 
 
@@ -713,7 +714,7 @@ def untouched(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("method", "samples", "setup", "params", "message"),
     [
-        ("nope", 2, {}, {}, "'nope' is not calibrated; these are: block-caching, eb-cache, eoc, goc, icc, magcache, teacache"),
+        ("nope", 2, {}, {}, f"'nope' is not calibrated; these are: {KNOWN}"),
         ("fora", 2, {}, {}, "'fora' is not calibrated"),
         ("eoc", 2, {}, {"ranks": 3}, "calibrating eoc has no parameter 'ranks'; known: interval, reuse_steps, "),
         ("eoc", 2, {}, {"interval": 0}, "interval must be a whole number, 1 or more; got 0"),
@@ -1342,7 +1343,7 @@ def test_help_is_readable(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nope", "--out", "out"], "'nope' is not calibrated; these are: block-caching, eb-cache, eoc, goc, icc, magcache, teacache"),
+        (["nope", "--out", "out"], f"'nope' is not calibrated; these are: {KNOWN}"),
         (["eoc"], "--out is missing"),
         (["eoc", "--out", "out", "-p", "speed=2"], "calibrating eoc has no parameter 'speed'; known: interval"),
         (["eoc", "--out", "out", "-p", "interval=x"], "interval must be a whole number, 1 or more; got 'x'"),

@@ -25,7 +25,7 @@ from dittocache.hooks import Call
 from dittocache.methods.teacache import POLYNOMIALS, Model
 from dittocache.plan import COMPUTE, OPEN, Site
 from dittocache.samples import Samples
-from dittocache.when import Every, HeadChange, Look, ProbeChange, SignalChange
+from dittocache.when import Every, HeadChange, Look, ProbeChange, SignalChange, Table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*skipped nothing")
 STEPS = 12
@@ -804,16 +804,15 @@ def test_saved_and_read_back(models: Any, method: str, tmp_path: Any) -> None:
     assert torch.equal(outputs(models["dit"], again)[0], outputs(models["dit"], chosen)[0])
 
 
-def test_a_trace_of_teacache_is_replayed(models: Any) -> None:
-    cached, trace = outputs(models["flux"], made("teacache"), slice(1, 2))
-    again, own = outputs(models["flux"], dittocache.Recipe(**_of(trace)), slice(1, 2))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trace_is_replayed(models: Any, name: str, method: str) -> None:
+    """Of one sample; with the same fill, where the change is that of the blocks after the same head."""
+    chosen = made(method)
+    cached, trace = outputs(models[name], chosen, slice(1, 2))
+    replay = Recipe(Table(trace), chosen.where, fill=chosen.fill, keeps=chosen.keeps)
+    again, own = outputs(models[name], replay, slice(1, 2))
     assert torch.equal(again, cached) and np.array_equal(own.table, trace.table)
-
-
-def _of(trace: Any) -> dict[str, Any]:
-    from dittocache.when import Table
-
-    return {"when": Table(trace), "where": trace.meta["where"], "keeps": trace.meta["keeps"]}
 
 
 # ---- calibration of TeaCache ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dittocache
 from dittocache import bundled
 from dittocache.bundled import build, build_emoji, judge, noto, text, train
 from dittocache.bundled.pipeline import EmojiPipeline
@@ -160,6 +161,15 @@ def test_guidance_is_one_call_with_the_conditional_half_first(pipe):
     finally:
         handle.remove()
     assert calls == [[3, 3, 3, 1, 1, 1]] * 2 + [[3, 3, 3]]
+
+
+def test_caching_leaves_the_pictures_nearly_alone(pipe):
+    plain = draw(pipe, steps=20)
+    with dittocache.enable(pipe, "fora", interval=2):
+        cached = draw(pipe, steps=20)
+    error = (cached - plain).square().mean()
+    assert 0 < error < 10**-3, "another picture, at more than 30 dB"
+    assert torch.equal(draw(pipe, steps=20), plain)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"])
@@ -365,13 +375,13 @@ def test_shares():
 
 
 def test_the_judge_finds_the_emoji_that_was_asked_for(pipe):
-    """40 trained names in 20 steps; the measured count is in the assertion's message."""
+    """40 trained names in 20 steps. With this seed and two others 36, 35 and 36 were found."""
     index = noto.read_index(bundled.folder("emoji"))
     rows = [i for i, e in enumerate(index) if not e.held_out][::13][:40]
     images = draw(pipe, [index[i].name for i in rows], steps=20)
     read = judge.read(judge.load_judge("emoji"), images)[0].tolist()
     right = sum(a == b for a, b in zip(read, rows))
-    assert right >= 0, f"{right} of 40; when it shipped: "
+    assert len(rows) == 40 and right >= 31
 
 
 def test_reference_figures():
@@ -384,6 +394,9 @@ def test_reference_figures():
     for part in ("trained", "held_out", "real"):
         for share in (reference[part]["judge"], reference[part]["blurred_pixels"]):
             assert 0 <= share["top1"] <= share["top5"] <= 1
+    assert reference["trained"]["judge"]["top1"] > 0.8 and reference["real"]["judge"]["top1"] > 0.9
+    # Far above chance (1 in 561), far below the trained names: words combine, but not well.
+    assert 0.05 < reference["held_out"]["judge"]["top1"] < 0.5
     assert len(judge.load_judge("emoji").head.bias) == described["emoji"]
 
 

@@ -237,13 +237,13 @@ def perturbed(case: Case, pipe: Any) -> Iterator[None]:
 def replayed(cache: Any, calls: list[tuple[Seen, int]], length: int) -> None:
     """Every branch on its own, in a run of its own: what comes out is what came out."""
     branches: list[Any] = []
-    for branch in (call.branch for call, _ in calls):
+    for branch in ((call.module, call.branch) for call, _ in calls):
         if branch in branches:
             continue
         branches.append(branch)
         with torch.no_grad(), cache.run(length):
             for call, k in calls:
-                if call.branch == branch:
+                if (call.module, call.branch) == branch:
                     cache.step(k)
                     assert torch.equal(first(call.module(*call.args, **call.kwargs)), call.output), f"step {k}"
 

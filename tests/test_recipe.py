@@ -52,7 +52,8 @@ def test_methods_are_documented():
             assert method.arxiv and method.arxiv in method.bibtex
         assert method.bibtex or name == "none"
         for p in method.parameters.values():
-            assert p.help and p.valid and p.type in ("int", "float", "bool", "choice", "pair", "steps", "numbers", "data")
+            kinds = ("int", "float", "bool", "choice", "pair", "steps", "numbers", "reals", "data")
+            assert p.help and p.valid and p.type in kinds
             p.check(p.default)
         for settings in method.settings.values():
             needed = tiny.data_for(name) if settings.get("base") != "l2c" else tiny.data_for("l2c")

@@ -269,19 +269,21 @@ def data_for(method: str, model: nn.Module | None = None, steps: int = 8, scale:
     """Parameters with made-up tensors for methods that need some: L2C's scores (half of them reused), EOC's trends
     (times `scale`; on inputs that never change the true ones are 0), ICC's factors of rank 2, of
     the weights themselves. Others need none."""
-    from dittocache import describe
+    from dittocache import describe, recipe
+    from dittocache.cache import wanted
 
     found = describe(model or dit())
+    sites = [found.columns[j].name for j in wanted(recipe("none"), found)]
     generator = torch.Generator().manual_seed(7)
     if method == "l2c":
-        scores = torch.randn(steps, len(found.entries), generator=generator)
+        scores = torch.randn(steps, len(sites), generator=generator)
         return {"router_logits": scores, "threshold": 0.5}
     if method == "eoc":
-        shapes = {name: value.shape[1:] for name, value in site_outputs(model or dit()).items()}
+        outputs = site_outputs(model or dit())
         return {
             "trend": {
-                f"{name}@{k}": scale * torch.randn(shape, generator=generator)
-                for name, shape in shapes.items()
+                f"{name}@{k}": scale * torch.randn(outputs[name].shape[1:], generator=generator)
+                for name in sites
                 for k in range(1, steps)
             }
         }

@@ -411,6 +411,8 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
         alike = [site.name for site in columns if site.name.split(".")[0] == recipe.where.split(".")[0]]
         names = f"{alike[0]!r} to {alike[-1]!r}" if alike else repr(columns[0].name)
         has = f"it has: {kinds}" if recipe.where in KINDS else f"its sites have names like {names}"
+        if recipe.where.startswith("deep.") and not any(site.kind == "deep" for site in columns):
+            has = "it has no skip branches, as U-Nets have"
         raise ValueError(f"where={recipe.where!r} matches no site of {description.model}; {has}")
     if recipe.when.uses_stack:
         used = [j for j, site in enumerate(columns) if j in used or site.kind == "stack"]
@@ -423,9 +425,7 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
         for j, site in enumerate(columns):
             some = ((table[:, j] > REUSE) & (table[:, j] < COMPUTE)).any()
             if some and not (recipe.which is not None and recipe.which.selects(site)):
-                raise ValueError(
-                    f"the plan computes some tokens of {site.name!r}, but it is not token-wise, or text"
-                )
+                raise ValueError(f"the plan computes some tokens of {site.name!r}, but it is not token-wise, or text")
     recipe.when.fits([columns[j] for j in used])
     foreign = sorted(recipe.fill.names() - {columns[j].name for j in used})
     if foreign:

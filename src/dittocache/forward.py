@@ -79,7 +79,8 @@ class Forward:
         self.row = list(run.row())
         self.signature: tuple[Any, ...] = ()
         self.passing: dict[int, Passing] = {}
-        self.decision: bool | Tensor | None = None  # of all main stacks
+        self.looked = False  # past the head of all main stacks
+        self.decision: bool | Tensor | None = None  # of all main stacks; None if a plan knows
         self.awaiting: int | None = None  # the stack that the next attention's input decides about
         self.start: Tensor | None = None  # the main stream before the first of all main stacks
         self.origin: Block | None = None  # the block that is given it
@@ -240,8 +241,8 @@ class Forward:
             if self.start is None:
                 self.start, self.origin = self._main(arguments), block
                 self.began = _counters({0: self.start})
-            if code == OPEN and self.decision is not None:
-                self._settle(j, state, self.decision)
+            if self.looked:
+                self._settle(j, state, code == COMPUTE if self.decision is None else self.decision)
         else:
             self._settle(j, state, code == COMPUTE)
         return state
@@ -275,7 +276,7 @@ class Forward:
         when, arguments = self.recipe.when, streams.given(args, kwargs)
         if self.attachment.position[block.name] < when.head:
             return inner(*args, **kwargs)
-        output, rows = None, self.row[j] == COMPUTE
+        self.looked, output, rows = True, None, self.row[j] == COMPUTE
         if self.row[j] != OPEN:  # a plan that is replayed knows
             self._seen(j, block, args, kwargs)
         elif when.signal == "modulated":
@@ -321,6 +322,7 @@ class Forward:
             if self.began != _counters({0: self.start}):
                 self.attachment.aliased.update(i for i, column in enumerate(self.row) if column is not None)
                 self.spoilt = True
+            self.start = start
             self.probe = stream - start if self.recipe.fill.keeps_inputs else None
         return stream
 
