@@ -179,10 +179,8 @@ class Forward:
                 row[j] = COMPUTE
             elif row[j] == PARTIAL:
                 row[j] = self._tokens.share(j)
-        # the shortcut has no inputs of modules to hand to a fill
-        wrapped = (
-            "forward" in block.module.__dict__
-        )  # by somebody who may have its weights elsewhere until it is called
+        # the shortcut has no inputs of modules to hand to a fill; who wraps a forward may fetch weights for it
+        wrapped = "forward" in block.module.__dict__
         shortcut = None if self.recipe.fill.keeps_inputs or wrapped else block.family.reuse_block
         if shortcut is not None and all(row[j] == REUSE for j in block.sites):
             features = {self.attachment.entry(j).path: self.filled(j, together=True) for j in block.sites}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..describe import Family, Layout, register_family, register_layout
+from . import published
 from .uvit import time_embedding
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of the angles, both [frames, channels of a head / 2]
@@ -370,7 +371,7 @@ def load_stdit3(state: Mapping[str, Tensor], heads: int) -> STDiT3:
         raise ValueError(f"not a state dict of STDiT3: {error}") from None
     if not isinstance(heads, int) or heads < 1 or width % (2 * heads):
         raise ValueError(f"heads must divide the width {width} into even parts; got {heads!r}")
-    with torch.device("meta"):  # nothing is allocated before everything is known to fit
+    with torch.device("meta"):
         model = STDiT3(
             in_channels=channels,
             patch_size=(patch[0], patch[1], patch[2]),
@@ -383,14 +384,8 @@ def load_stdit3(state: Mapping[str, Tensor], heads: int) -> STDiT3:
             model_max_length=text,
             qk_norm="spatial_blocks.0.attn.q_norm.weight" in shapes,
         )
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(name) != shapes.get(name):
-            found, right = shapes.get(name, "missing"), wanted.get(name, "no such tensor")
-            raise ValueError(f"not a state dict of STDiT3: {name!r} is {found}, where {right} was expected")
-    model = model.to_empty(device="cpu")
-    model.load_state_dict(state)
-    return model.eval()
+    published.load(model, state, "STDiT3")
+    return model
 
 
 def reuse_block(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..describe import Family, register_family
+from . import published
 
 
 class UViTAttention(nn.Module):
@@ -193,7 +194,7 @@ def load_uvit(state: Mapping[str, Tensor], heads: int) -> UViT:
         raise ValueError(f"not a state dict of U-ViT: {error}") from None
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise ValueError(f"heads must divide the width {width}; got {heads!r}")
-    with torch.device("meta"):  # nothing is allocated before everything is known to fit
+    with torch.device("meta"):
         model = UViT(
             img_size=grid * patch_size,
             patch_size=patch_size,
@@ -208,14 +209,8 @@ def load_uvit(state: Mapping[str, Tensor], heads: int) -> UViT:
             conv="final_layer.weight" in shapes,
             skip="out_blocks.0.skip_linear.weight" in shapes,
         )
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(name) != shapes.get(name):
-            found, right = shapes.get(name, "missing"), wanted.get(name, "no such tensor")
-            raise ValueError(f"not a state dict of U-ViT: {name!r} is {found}, where {right} was expected")
-    model = model.to_empty(device="cpu")
-    model.load_state_dict(state)
-    return model.eval()
+    published.load(model, state, "U-ViT")
+    return model
 
 
 def reuse_block(block: UViTBlock, features: dict[str, tuple[Tensor, ...]], x: Tensor, skip: Any = None) -> Tensor:
