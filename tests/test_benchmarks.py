@@ -26,7 +26,7 @@ def benchmarks(monkeypatch):
         yield
     torch.set_num_threads(threads)
     logging.getLogger("diffusers").setLevel(level)
-    for name in ("speed", "per_block_kind", "claims", "l2c_router"):
+    for name in ("speed", "per_block_kind", "claims", "l2c_router", "emoji"):
         sys.modules.pop(name, None)
 
 
@@ -138,3 +138,17 @@ def test_routers_of_one_share(benchmarks):
     assert l2c_router.cheapest(mask, [*range(10)])[0].all()
     none = np.zeros((10, 16), dtype=bool)
     assert not l2c_router.alternation(none).any() and not l2c_router.cheapest(none, [0.0] * 10).any()
+
+
+@pytest.mark.slow
+def test_emoji(benchmarks, tmp_path):
+    import emoji
+
+    out = tmp_path / "emoji.json"
+    args = ["--pictures", "4", "--steps", "6", "--batch", "2", "--out", str(out)]
+    emoji.main([*args, "--only", "uncached", "all computed", "FORA 3", "TeaCache 0.2"])
+    rows = {row["label"]: row for row in json.loads(out.read_text(encoding="utf-8"))["results"]}
+    assert rows["all computed"]["compute_fraction"] == 1 and rows["FORA 3"]["compute_fraction"] < 0.7
+    assert all(len(row["seconds"]) == 2 for row in rows.values())
+    with pytest.raises(SystemExit):
+        emoji.main([*args, "--only", "uncached", "nope"])

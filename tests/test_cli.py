@@ -78,6 +78,9 @@ def test_every_command_has_help_with_examples(command):
         (["sample", "--method", "damaged"], "no saved recipe at 'damaged'"),
         (["sample", "--labels", "A!"], "class_labels contains '!'"),
         (["sample", "--labels", ""], "class_labels is empty"),
+        (["sample", "--model", "emoji", "--labels", " ,"], "prompt is empty; give at least one text"),
+        (["sample", "--model", "nope"], "unknown bundled model 'nope'; known: emoji, glyphs"),
+        (["demo", "--model", "nope"], "unknown bundled model 'nope'; known: emoji, glyphs"),
         (["sample", "--guidance", "nan"], "guidance_scale is nan"),
         (["sample", "--out", "nowhere/a.png"], "there is no folder 'nowhere'"),
         (["sample", "--out", "picture.doc"], "'picture.doc' does not end like a picture's file"),
@@ -145,6 +148,13 @@ def test_sample_draws_without_caching(tmp_path):
     result = run("sample", "--labels", "AB", "--steps", 4)
     assert "2 pictures in" in result.stdout and "sample.png" in result.stdout
     assert Image.open(tmp_path / "sample.png").size == (2 * 32 * 4, 32 * 4)
+
+
+def test_sample_draws_emoji(tmp_path):
+    result = run("sample", "--model", "emoji", "--labels", "red heart, , cat face", "--steps", 4, "--method", "pab")
+    assert "2 pictures in" in result.stdout and "cross-attention" in result.stdout
+    picture = Image.open(tmp_path / "sample.png")
+    assert picture.size == (2 * 16 * 4, 16 * 4) and picture.mode == "RGB"
 
 
 def test_sample_draws_with_a_method_and_its_plan(tmp_path):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from dittocache import bundled
+from dittocache.bundled.judge import load_judge
 from dittocache.evaluate import (
     Comparison,
     Result,
@@ -295,12 +297,33 @@ def test_compare_keeps_its_provenance(measured, tmp_path):
 
 
 def test_compare_refuses_what_cannot_be_compared(bundled_pipe):
-    with pytest.raises(ValueError, match="one seed for every label"):
+    with pytest.raises(ValueError, match="one seed for every condition"):
         compare(bundled_pipe, [uncached(4)], [0, 1], [0])
     with pytest.raises(ValueError, match="first row is the reference"):
         compare(bundled_pipe, [cached("fora", 4)], [0, 1], [0, 1])
     with pytest.raises(ValueError, match="a label of its own"):
         compare(bundled_pipe, [uncached(4), uncached(4)], [0, 1], [0, 1])
+
+
+def test_compare_of_a_model_with_prompts():
+    pipe, asked = bundled.load("emoji"), bundled.questions("emoji", 3)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = pipe, [uncached(6), cached("fora", 6, interval=2)], asked.conditions, [0, 1, 2]
+    with pytest.raises(ValueError, match="pass classes for prompts such as 'grinning face"):
+        compare(*arguments, judge=load_judge("emoji"))
+    found = compare(*arguments, judge=load_judge("emoji"), classes=asked.classes)
+    assert found.labels == tuple(asked.names) and found.provenance["guidance_scale"] == 2.0
+    assert [r.accuracy for r in found.results] == [1, 1], "the judge reads what was asked for"
+    assert found.pictures["uncached"].shape == (3, 16, 16, 3)
+
+
+def test_questions_are_spread_over_all():
+    assert bundled.questions("glyphs", 3).names == ["A", "M", "Y"]
+    many = bundled.questions("glyphs", 38)
+    assert many.conditions == many.classes == [*range(36), 0, 1]
+    asked = bundled.questions("emoji", 10)
+    assert asked.conditions == asked.names and set(asked.names) <= set(bundled.emoji_names())
+    assert asked.classes == sorted(set(asked.classes))
 
 
 def test_the_standard_rows_show_every_method_twice():

@@ -998,3 +998,18 @@ def test_nothing_of_the_hooks_module_leaks_to_models_without_a_cache():
     with dittocache.enable(on, "fora"):
         assert not tiny.traces_of_cache(off) and tiny.traces_of_cache(on)
         assert hooks.caches_on(off) == [] and len(hooks.caches_on(on)) == 1
+
+
+def test_flops_do_not_depend_on_the_recipe_that_counted_them():
+    """A fused block's attention is counted on its own, and with the block's one site."""
+
+    def done(*places):
+        model, found = tiny.build("flux"), {}
+        for where in places:
+            with dittocache.enable(model, Recipe(when=Every(3), where=where)) as cache:
+                tiny.predictions(model, cache, 6)
+                found[where] = cache.report().flops_done
+        return found
+
+    places = ["attention", "module", "linear", "block"]
+    assert done(*places) == done(*reversed(places))

@@ -79,6 +79,7 @@ def _print_json(data: Any) -> None:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ... By default a GPU if there is one.")]
+Model = Annotated[str, typer.Option(help="A bundled model: glyphs (characters) or emoji (from texts).")]
 Params = Annotated[
     list[str] | None,
     typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the method; may be given several times."),
@@ -116,6 +117,7 @@ def demo(
     pictures: Annotated[int, typer.Option(min=2, max=3600, help="How many pictures every row draws.")] = 36,
     steps: Annotated[int, typer.Option(min=10, max=1000, help="Denoising steps of the uncached row.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the others count up.")] = 0,
+    model: Model = MODEL,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -124,28 +126,29 @@ def demo(
     Takes two minutes or three on two processor cores. The folder then holds index.html (open it in a browser; it loads
     nothing from the network), comparison.json (all numbers) and pictures.safetensors (all pictures).
     """
+    from .bundled import questions
     from .bundled.judge import load_judge
     from .evaluate import compare, standard_rows, write_page
     from .evaluate.console import progress_bar, show_comparison
 
     with _usage_errors():
         _need_extras()
+        asked = questions(model, pictures)
         out.mkdir(parents=True, exist_ok=True)
-        pipe = _load(device)
+        pipe = _load(device, model)
         rows = standard_rows(steps)
-    characters = _characters(pipe)
-    labels = [j % len(characters) for j in range(pictures)]
     began = time.perf_counter()
     with progress_bar("drawing") as progress:
         comparison = compare(
             pipe,
             rows,
-            labels,
+            asked.conditions,
             [seed + j for j in range(pictures)],
             chunk=min(12, -(-pictures // 4)),  # four or more chunks, for a median
-            judge=load_judge(MODEL),
-            names=[characters[label] for label in labels],
-            model=MODEL,
+            judge=load_judge(model),
+            classes=asked.classes,
+            names=asked.names,
+            model=model,
             progress=progress,
         )
     comparison.save(out)
@@ -192,14 +195,16 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of every row.")] = 3,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    model: Model = MODEL,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure speed on the bundled model: uncached, the runtime with nothing skipped, and caching methods.
+    """Measure speed on a bundled model: uncached, the runtime with nothing skipped, and caching methods.
 
     Rows run in turn, so that whatever else the machine does meets all of them alike; speed-ups are medians of paired
     ratios. The row "none" computes everything with the cache on: its speed-up is the overhead of the runtime.
     """
+    from .bundled import questions
     from .evaluate.compare import cached, compare, uncached
     from .evaluate.console import progress_bar, show, table_of
 
@@ -208,10 +213,11 @@ def bench(
         _need_extras()
         names = [method] if method else list(_methods_that_run())
         rows = [uncached(steps), cached("none", steps), *(cached(n, steps, **params) for n in names if n != "none")]
-        pipe = _load(device)
-    seeds = range(max(2, batch * repeats))
+        seeds = range(max(2, batch * repeats))
+        conditions = questions(model, len(seeds)).conditions
+        pipe = _load(device, model)
     with progress_bar("measuring") as progress:
-        found = compare(pipe, rows, [j % 36 for j in seeds], seeds, batch, model=MODEL, progress=progress)
+        found = compare(pipe, rows, conditions, seeds, batch, model=model, progress=progress)
     if as_json:
         _print_json(found.to_dict())
         return
@@ -224,11 +230,18 @@ def bench(
 @app.command(
     epilog=_examples(
         "dittocache sample --labels ABC",
+        'dittocache sample --model emoji --labels "red heart, cat face" --method pab',
         "dittocache sample --method duca --param interval=3 --param ratio=0.05 --plan-out plan.png",
     )
 )
 def sample(
-    labels: Annotated[str, typer.Option(help="What to draw: characters A-Z and 0-9.")] = "DITTOCACHE",
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="What to draw: characters A-Z and 0-9; of emoji, names separated by commas.",
+            show_default="DITTOCACHE, or red heart and others",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The picture's file: .png, .jpg, .webp, ...")] = Path("sample.png"),
     method: Annotated[
         str | None, typer.Option(help="Caching method, or folder of a saved recipe.", show_default="none")
@@ -239,12 +252,16 @@ def sample(
         int | None,
         typer.Option(min=1, max=1000, help="Denoising steps.", show_default="50, or what the recipe was made for"),
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 for none.")] = 1.5,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Strength of classifier-free guidance; 1 for none.", show_default="the model's own"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the others count up.")] = 0,
+    model: Model = MODEL,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw pictures with the bundled model, with or without caching, and report what was saved."""
+    """Draw pictures with a bundled model, with or without caching, and report what was saved."""
     import torch
     from PIL import Image
 
@@ -261,8 +278,8 @@ def sample(
             raise ValueError(f"{out.name!r} does not end like a picture's file: use .png")
         if plan_out is not None and method is None:
             raise ValueError("--plan-out needs --method: without caching everything is computed")
-        pipe = _load(device)
-        classes = pipe.get_label_ids(labels)
+        pipe = _load(device, _bundled(model))
+        asked = _asked(pipe, labels)
         cache = enable(pipe, method, **params) if method else None
         steps = steps or (len(cache.recipe.made_for.get("timesteps", ())) if cache else 0) or 50
     with progress_bar("drawing") as progress:
@@ -270,16 +287,17 @@ def sample(
         began = time.perf_counter()
         with _usage_errors():
             pictures = pipe(
-                class_labels=classes,
+                asked,
                 num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed + j) for j in range(len(classes))],
+                generator=[torch.Generator().manual_seed(seed + j) for j in range(len(asked))],
                 output_type="np",
                 callback_on_step_end=pipe_steps,
+                **({} if guidance is None else {"guidance_scale": guidance}),
             ).images
         seconds = time.perf_counter() - began
     drawn = (pictures * 255).round().astype("uint8")
-    image = Image.fromarray(sheet(drawn, columns=min(len(classes), 12)).squeeze(-1))
+    whole = sheet(drawn, columns=min(len(asked), 12))
+    image = Image.fromarray(whole.squeeze(-1) if whole.shape[-1] == 1 else whole)
     with _usage_errors():
         image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST).save(out)
         if cache is not None and plan_out is not None:
@@ -290,7 +308,7 @@ def sample(
         return
     if cache is not None:
         typer.echo(str(cache.report()))
-    typer.echo(f"{len(classes)} pictures in {seconds:.1f} s: {out}" + (f" and {plan_out}" if plan_out else ""))
+    typer.echo(f"{len(asked)} pictures in {seconds:.1f} s: {out}" + (f" and {plan_out}" if plan_out else ""))
 
 
 class _Steps:
@@ -674,7 +692,7 @@ def _load(device: str, model: str = MODEL) -> Any:
         logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     if model in bundled.names() and pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        _fit_threads(pipe)
+        _fit_threads(pipe, bundled.questions(model, 12).conditions)
     return pipe
 
 
@@ -682,21 +700,22 @@ def _saved(folder: str) -> Any:
     """The pipeline that was saved in a folder; a ValueError if there is none, or of an unknown class."""
     from diffusers import DiffusionPipeline
 
-    from .bundled.pipeline import GlyphsPipeline
+    from .bundled.pipeline import PIPELINES
 
+    ours = {pipeline.__name__: pipeline for pipeline in PIPELINES.values()}  # which diffusers does not know
     try:
         name = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{folder!r} holds no pipeline: model_index.json is missing or damaged") from None
-    if name == GlyphsPipeline.__name__:  # which diffusers does not know
-        return GlyphsPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    if name in ours:
+        return ours[name].from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     try:
         return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     except AttributeError as error:
         raise ValueError(f"{folder!r} holds a pipeline that cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def _fit_threads(pipe: Any) -> None:
+def _fit_threads(pipe: Any, conditions: Any) -> None:
     """Sets as many threads as are fastest right now: 1, 2, 4, ... while each doubling gains a tenth.
 
     A small network gains little from many threads, and beside another busy process threads that wait for each other
@@ -708,7 +727,7 @@ def _fit_threads(pipe: Any) -> None:
     while threads <= most:
         torch.set_num_threads(threads)
         began = time.perf_counter()
-        pipe(class_labels=[0] * 12, num_inference_steps=2, output_type="np")
+        pipe(conditions, num_inference_steps=2, output_type="np")
         seconds = time.perf_counter() - began
         if seconds > 0.9 * best:
             break
@@ -716,10 +735,20 @@ def _fit_threads(pipe: Any) -> None:
     torch.set_num_threads(max(1, threads // 2))
 
 
-def _characters(pipe: Any) -> str:
-    from .bundled.pipeline import CHARACTERS
+def _bundled(model: str) -> str:
+    from . import bundled
 
-    return CHARACTERS[: pipe.null_label]
+    bundled.folder(model)  # refuses what is none
+    return model
+
+
+def _asked(pipe: Any, labels: str | None) -> Any:
+    """What to draw: class numbers of characters, or prompts, from a text."""
+    if hasattr(pipe, "get_label_ids"):
+        return pipe.get_label_ids("DITTOCACHE" if labels is None else labels)
+    default = "red heart, cat face, rocket, rainbow, pizza, tulip"
+    prompts = (text.strip() for text in (default if labels is None else labels).split(","))
+    return [prompt for prompt in prompts if prompt]
 
 
 def _method(name: str) -> Method:

@@ -479,7 +479,7 @@ class Forward:
         """
         j, module, inner = fed
         if inner is not None and self.row[inner] is not None:
-            return self.site(inner, original, args, kwargs)
+            return self._measured(j, lambda *a, **k: self.site(inner, original, a, k), args, kwargs)
         if self.awaiting is not None:
             self._signal(args, kwargs)
         key, silences = (id(module), _signature(args, kwargs)), self.attachment.silences
@@ -489,7 +489,8 @@ class Forward:
         feed = original
         if self.selection is not None:
             feed = lambda *a, **k: self._tokens.feed(j, module, original, a, k)  # noqa: E731
-        output = self._measured(j, feed, args, kwargs)
+        own = feed if inner is None else lambda *a, **k: self._measured(inner, feed, a, k)
+        output = self._measured(j, own, args, kwargs)
         silences[key] = [(t.detach().new_zeros(()), t.shape) for t in pack(output)], streams.form_of(output)
         return output
 

@@ -77,7 +77,9 @@ class Attachment:
         self.observed = False  # whether the raw tokens are listened to
         self.compiled = any(module._compiled_call_impl is not None for module in transformer.modules())
         self.whole: Callable[..., Any] | None = None  # the transformer's forward, where that was compiled
-        self.patch = getattr(getattr(transformer, "config", None), "patch_size", 1)
+        config = getattr(transformer, "config", None)
+        either = getattr(config, "all_patch_size", (1,))
+        self.patch = getattr(config, "patch_size", either[0] if len(either) == 1 else None)
         self.block_of = {j: block for block in description.blocks for j in block.sites}
         ours = [entry.site for entry in description.entries if entry.site.kind == "feed-forward"]
         self.mixing = [site.name for site in ours if not site.tokenwise]

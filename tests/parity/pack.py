@@ -117,6 +117,15 @@ def factors_of(goldens: Pack, case: Case, tensors: dict[str, Tensor]) -> Paramet
     return {"factor_tensors": {f"{site.name}/{x}": tensors[f"{site.kind}_{x}"][site.block] for site, x in sites}}
 
 
+def kinds_of(goldens: Pack, case: Case, tensors: dict[str, Tensor]) -> Parameters:
+    """diffusers' hook takes cross-attention for self-attention where its module does not say what it is, as in LTX."""
+    entries = dittocache.describe(goldens.network(case["network"])).entries
+    cross = [entry.module for entry in entries if entry.site.kind == "cross-attention"]
+    if not cross or any(hasattr(module, "is_cross_attention") for module in cross):
+        return {}
+    return {f"cross_{name}": case["settings"][name] for name in ("interval", "timestep_range")}
+
+
 def by_name(goldens: Pack, case: Case, tensors: dict[str, Tensor]) -> Parameters:
     return dict(tensors)
 
@@ -127,6 +136,7 @@ def per_block_kind(decided: str) -> Parameters:
 
 DIT = ("DiT", "DiTTransformer2DModel")
 FLUX = ("FluxTransformer2DModel",)
+TRANSFORMERS = tuple(CLASSES - {"UNet2DConditionModel"})
 
 
 @dataclass(frozen=True)
@@ -161,22 +171,24 @@ METHODS = {
     "eoc": Reads(drop=("trend_steps",), artifacts=trend_of),
     "goc": Reads(),
     "icc": Reads(artifacts=factors_of),
-    "magcache": Reads(networks=FLUX, artifacts=lambda goldens, case, tensors: {"ratios": tensors["ratios"].tolist()}),
-    "pab": Reads(networks=FLUX),
+    "magcache": Reads(
+        networks=TRANSFORMERS, artifacts=lambda goldens, case, tensors: {"ratios": tensors["ratios"].tolist()}
+    ),
+    "pab": Reads(networks=TRANSFORMERS, artifacts=kinds_of),
     "taylorseer": Reads(
         networks=(*DIT, *FLUX),
         drop=("sites", "factors_dtype"),  # a kept output is in its own dtype
         become={"lite": lambda lite: {"lite": True} if lite else {"sites": "attention"}},
         variants={"diffusers-hook": {"schedule": "diffusers"}},
     ),
-    "teacache": Reads(networks=FLUX, drop=("coefficient_order",), variants={"authors": {"batch": "batch"}}),
+    "teacache": Reads(networks=TRANSFORMERS, drop=("coefficient_order",), variants={"authors": {"batch": "batch"}}),
     "fbcache": Reads(
-        networks=FLUX,
+        networks=TRANSFORMERS,
         become={"taylor_order": lambda n: {"order": n}, "channel_stride": lambda n: {"downsample_factor": n}},
         variants={name: {"batch": "batch"} for name in ("paraattention", "diffusers-hook")},
     ),
     "dicache": Reads(
-        networks=FLUX,
+        networks=TRANSFORMERS,
         become={"error": lambda words: {"error": "probe" if words == "probe change" else "difference"}},
         variants={"authors": {"batch": "batch"}},
     ),

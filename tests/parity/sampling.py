@@ -185,6 +185,11 @@ def call(
     return out, raw
 
 
+def start(inputs: Inputs) -> Tensor:
+    """The noise that a run begins with."""
+    return inputs["z"] if "z" in inputs else inputs["x"]
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def run(
@@ -198,7 +203,7 @@ def run(
     """A whole run of a sampler, every step announced to the cache."""
     if spec["kind"] == UVIT:
         return sample_uvit(model, inputs, spec, guidance, cache)
-    x = inputs["z"] if "z" in inputs else inputs["x"]
+    x = start(inputs)
     memory: dict[str, Any] = {"noise": noise}
     predictions, outputs = [], []
     for k, t in enumerate(spec["timesteps"]):

@@ -269,15 +269,15 @@ WITH_NETWORK += [icc_statistics, icc_factors]
 
 
 def magnitude_ratios(settings: dict[str, Any], x: Inputs, goldens: Any, case: dict[str, Any]) -> Inputs:
-    """MagCache's ratios of an uncached run, as calibration records them."""
+    """MagCache's ratios of an uncached run, as calibration records them; of all rows, both halves of guidance."""
     network, spec, inputs = goldens.network(case["network"]), goldens.sampler(settings), goldens.inputs(settings)
-    sums: Inputs = {}
-    samples = len(inputs["x"])
-    recorder = Recorder(magnitudes(network, sums), False, None, samples, once=True)
+    guidance, sums = goldens.guidance(settings), Inputs()
+    rows = len(sampling.start(inputs)) * (1 if guidance["scale"] is None else 2)
+    recorder = Recorder(magnitudes(network, sums), False, None, rows, once=True)
     recipe = CalibrateMagCache().recording(recorder)
     with dittocache.enable(network, recipe) as cache, cache.run(spec["num_steps"]):
-        sampling.run(network, inputs, spec, goldens.guidance(settings), cache)
-    return {"ratios": sums["ratios"] / samples}
+        sampling.run(network, inputs, spec, guidance, cache)
+    return {"ratios": sums["ratios"] / rows}
 
 
 WITH_NETWORK.append(magnitude_ratios)

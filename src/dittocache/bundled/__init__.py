@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -35,6 +35,35 @@ def emoji_names(held_out: bool = False) -> list[str]:
     from .noto import read_index
 
     return [e.name for e in read_index(folder("emoji")) if e.held_out == held_out]
+
+
+class Questions(NamedTuple):
+    """What to ask of a bundled model, one of each for every picture.
+
+    Attributes:
+        conditions: class numbers or prompts, the first argument of its pipeline.
+        names: how they are written.
+        classes: what its judge should read.
+    """
+
+    conditions: list[int] | list[str]
+    names: list[str]
+    classes: list[int]
+
+
+def questions(name: str, count: int) -> Questions:
+    """So many questions, spread evenly over all that a bundled model was trained on, and again if they are more."""
+    from .data import CHARACTERS
+    from .noto import read_index
+
+    path = folder(name)
+    if name == "emoji":
+        known = [(i, e.name) for i, e in enumerate(read_index(path)) if not e.held_out]
+    else:
+        known = list(enumerate(CHARACTERS))
+    chosen = [known[j % len(known) if count > len(known) else j * len(known) // count] for j in range(count)]
+    classes, names = [i for i, _ in chosen], [text for _, text in chosen]
+    return Questions(names if name == "emoji" else classes, names, classes)
 
 
 def load(

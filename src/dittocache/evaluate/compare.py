@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import statistics
 import time
 import warnings
@@ -13,7 +15,6 @@ import numpy as np
 import torch
 
 from ..plan import Plan
-from ..when import Table
 from . import metrics
 from .comparison import FEWER_STEPS, UNCACHED, Comparison, Result
 from .provenance import provenance
@@ -98,45 +99,54 @@ class _Run:
 def compare(
     pipe: DiffusionPipeline,
     rows: Sequence[Row],
-    labels: Sequence[int],
+    conditions: Sequence[int] | Sequence[str],
     seeds: Sequence[int],
     chunk: int = 12,
-    guidance_scale: float = 1.5,
+    guidance_scale: float | None = None,
     *,
     judge: torch.nn.Module | None = None,
+    classes: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     model: str = "",
     progress: Progress | None = None,
 ) -> Comparison:
     """Draws the same pictures in every way of `rows` and measures how much faster and how close.
 
-    Paired: picture j has the same label and the same seed in every row. Interleaved: the pictures are cut into chunks,
-    and for every chunk all rows run one after another, in an order that rotates from chunk to chunk, so that whatever
-    else the machine does meets all rows alike. The speed-up of a row is the median over the chunks of the ratio
+    Paired: picture j has the same condition and seed in every row. Interleaved: the pictures are cut into chunks, and
+    for every chunk all rows run one after another, in an order that rotates from chunk to chunk, so that whatever else
+    the machine does meets all rows alike. The speed-up of a row is the median over the chunks of the ratio
     reference time / row time. A run of one picture of every row comes first and is not timed.
 
     Args:
-        pipe: a class-conditional pipeline, called like diffusers' DiTPipeline.
+        pipe: called like diffusers' DiTPipeline or PixArtAlphaPipeline.
         rows: the first is the reference, and is not cached.
-        labels: class of every picture.
+        conditions: class or prompt of every picture, the pipeline's first argument.
         seeds: seed of every picture's generator.
         chunk: pictures drawn at once.
+        guidance_scale: strength of guidance; by default the pipeline's own.
         judge: classifier [n, c, h, w] in [0, 1] -> logits, with a method `features` [n, c, h, w] -> [n, d]; without
             one, accuracy and Frechet distance are left out.
-        names: text for every picture's label; by default its number.
+        classes: what the judge should read in every picture; by default the conditions, which are classes then.
+        names: text for every picture; by default its condition.
         model: name of the model, for the record.
         progress: called before every run.
 
     Raises:
-        ValueError: labels and seeds do not fit, a label of a row occurs twice, or the reference is cached.
+        ValueError: conditions and seeds do not fit, a label of a row occurs twice, the reference is cached, or a judge
+            is not told what to read.
     """
-    if len(labels) != len(seeds) or len(labels) < 2:
-        raise ValueError(f"one seed for every label, two pictures or more; got {len(labels)} and {len(seeds)}")
+    if len(conditions) != len(seeds) or len(conditions) < 2:
+        raise ValueError(f"one seed for every condition, two pictures or more; got {len(conditions)} and {len(seeds)}")
+    wanted = conditions if classes is None else classes
+    if judge is not None and any(isinstance(one, str) for one in wanted):
+        raise ValueError(f"the judge reads class numbers: pass classes for prompts such as {wanted[0]!r}")
+    if guidance_scale is None:
+        guidance_scale = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
     if not rows or rows[0].recipe is not None:
         raise ValueError("the first row is the reference and has no recipe")
     if len({row.label for row in rows}) != len(rows):
         raise ValueError(f"every row needs a label of its own; got {', '.join(row.label for row in rows)}")
-    starts = range(0, len(labels), chunk)
+    starts = range(0, len(conditions), chunk)
     total, done = len(rows) * (1 + len(starts)), 0
 
     def run(row: Row, part: slice) -> _Run:
@@ -144,7 +154,7 @@ def compare(
         if progress:
             progress(done, total, row.label)
         done += 1
-        return _run(pipe, row, labels[part], seeds[part], guidance_scale)
+        return _run(pipe, row, conditions[part], seeds[part], guidance_scale)
 
     for row in rows:
         run(row, slice(0, 1))
@@ -156,29 +166,38 @@ def compare(
     if progress:
         progress(total, total, "done")
 
-    results = [_result(row, runs[row.label], runs[rows[0].label], rows[0], labels, judge) for row in rows]
+    results = [_result(row, runs[row.label], runs[rows[0].label], rows[0], wanted, judge) for row in rows]
     pictures = {row.label: np.concatenate([_uint8(part.pictures) for part in runs[row.label]]) for row in rows}
-    texts = tuple(names) if names is not None else tuple(str(label) for label in labels)
+    texts = tuple(names) if names is not None else tuple(map(str, conditions))
     record = provenance(pipe, model, rows[0].steps, guidance_scale, chunk)
     return Comparison(tuple(results), pictures, texts, tuple(seeds), record)
 
 
-def _run(pipe: DiffusionPipeline, row: Row, labels: Sequence[int], seeds: Sequence[int], guidance_scale: float) -> _Run:
+class _Enough(Exception):
+    """Ends a run after its first step."""
+
+
+def _enough(*step: Any) -> Any:
+    raise _Enough
+
+
+def _run(pipe: DiffusionPipeline, row: Row, conditions: Sequence[Any], seeds: Sequence[int], guidance: float) -> _Run:
     from .. import enable
 
-    def draw(steps: int) -> np.ndarray:
+    def draw(**more: Any) -> np.ndarray:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        options = {"guidance_scale": guidance_scale, "generator": generators, "output_type": "np"}
-        return pipe(class_labels=list(labels), num_inference_steps=steps, **options).images
+        options = {"guidance_scale": guidance, "generator": generators, "output_type": "np"}
+        return pipe(list(conditions), num_inference_steps=row.steps, **options, **more).images
 
     cache = None if row.recipe is None else enable(pipe, row.recipe)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="dittocache:")  # they stand in the report
-            if row.recipe is not None and not isinstance(row.recipe.when, Table):
-                draw(1)  # the first forward after `enable` also counts FLOPs
+            if row.recipe is not None:
+                with contextlib.suppress(_Enough):  # the first forward after `enable` also counts FLOPs
+                    draw(callback_on_step_end=_enough)
             begin = time.perf_counter()
-            pictures = draw(row.steps)
+            pictures = draw()
             seconds = time.perf_counter() - begin
         if cache is None:
             return _Run(pictures, seconds, 1.0)
@@ -189,14 +208,16 @@ def _run(pipe: DiffusionPipeline, row: Row, labels: Sequence[int], seeds: Sequen
             cache.disable()
 
 
-def _result(row: Row, runs: list[_Run], reference: list[_Run], first: Row, labels: Sequence[int], judge: Any) -> Result:
+def _result(
+    row: Row, runs: list[_Run], reference: list[_Run], first: Row, classes: Sequence[Any], judge: Any
+) -> Result:
     ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(runs, reference, strict=True)]
     drawn, wanted = _tensor(runs), _tensor(reference)
     is_reference = row is first
     frechet = accuracy = None
     if judge is not None:
         with torch.no_grad():
-            accuracy = metrics.accuracy(judge(drawn), torch.tensor(list(labels)))
+            accuracy = metrics.accuracy(judge(drawn), torch.tensor(list(classes)))
             if not is_reference:
                 frechet = metrics.frechet_distance(judge.features(drawn), judge.features(wanted))
     plan = runs[0].plan

@@ -13,6 +13,12 @@ Ratios = Annotated[
 Threshold = Annotated[float, Number(0, help="budget of the error estimate that reused steps in a row add up to")]
 MaxSkip = Annotated[int, Int(0, help="K, most reused steps in a row")]
 Retention = Annotated[float, Number(0, 1, help="share of the run that is computed at its start")]
+# of FLUX.1-dev and schnell over 28 steps, as diffusers has them
+FLUX = (
+    1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562,
+    1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359,
+    0.89062,
+)  # fmt: skip
 
 
 @method(
@@ -26,7 +32,10 @@ Retention = Annotated[float, Number(0, 1, help="share of the run that is compute
   year={2025}
 }""",
     needs="calibration",
-    settings={"diffusers' default, 28 steps": {"threshold": 0.06, "max_skip": 3, "retention": 0.2}},
+    settings={
+        "diffusers' default, 28 steps": {"threshold": 0.06, "max_skip": 3, "retention": 0.2},
+        "FLUX.1, ratios of 28 steps": {"ratios": FLUX, "threshold": 0.06, "max_skip": 3, "retention": 0.2},
+    },
 )
 def magcache(
     ratios: Ratios = None, threshold: Threshold = 0.06, max_skip: MaxSkip = 3, retention: Retention = 0.2

@@ -68,7 +68,9 @@ Model = Literal[
         "Open-Sora, slow": {"model": "open-sora", "threshold": 0.1},
         "Open-Sora, fast": {"model": "open-sora", "threshold": 0.2},
         "Latte, slow": {"model": "latte", "threshold": 0.1},
+        "Latte, fast": {"model": "latte", "threshold": 0.2},
         "Open-Sora-Plan, slow": {"model": "open-sora-plan", "threshold": 0.1},
+        "Open-Sora-Plan, fast": {"model": "open-sora-plan", "threshold": 0.2},
     },
 )
 def teacache(

@@ -73,11 +73,7 @@ register_layout(
 # padded for the text, or in between; text, video and sound in one
 register_layout(
     Layout(
-        models=(
-            "Ideogram4Transformer2DModel",
-            "MiniMaxH3Transformer3DModel",
-            "ZImageTransformer2DModel",
-        ),
+        models=("Ideogram4Transformer2DModel", "MiniMaxH3Transformer3DModel"),
         whole=True,
     )
 )
