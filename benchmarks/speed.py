@@ -153,6 +153,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "toca value-norm": ("toca", {"interval": 3, "ratio": 0.07, "selector": "value-norm"}),
     "duca": ("duca", {"interval": 3, "ratio": 0.05}),
     "duca value-norm": ("duca", {"interval": 3, "ratio": 0.05, "selector": "value-norm"}),
+    "taylorseer": ("taylorseer", {"interval": 3, "order": 1}),
+    "taylorseer lite": ("taylorseer", {"interval": 3, "order": 1, "lite": True}),
+    "fbcache": ("fbcache", {"threshold": 0.05}),
+    "fbcache 0.2": ("fbcache", {"threshold": 0.2}),
 }
 
 

@@ -287,6 +287,8 @@ def test_selectors_by_name():
         "norm",
         "compress",
         "straight",
+        "large-value-norm",
+        "key-norm",
     }
     assert set(SELECTORS) == known
     for name, cls in SELECTORS.items():

@@ -266,12 +266,20 @@ class Cache:
             run.over = True
             if run.step_index == run.num_steps - 1:
                 run.close()
+        elif run is not None and (pipeline := _call.get()) is not None and pipeline is self._target():
+            run.note(
+                f"a step of {type(pipeline).__name__} did not call its cached {self.description.model}: this run "
+                "is not cached; if that was replaced, call dittocache.enable again"
+            )
 
     def _current(self) -> Run | None:
         return next((run for run in reversed(active_runs()) if run.owner is self), None)
 
     # ---- runs -------------------------------------------------------------------------------------------------------
     def _start(self, run: Run, num_steps: int, timesteps: Sequence[float] | None) -> Run:
+        for transformer in (attachment.transformer() for attachment in self._attachments):
+            if transformer is not None:
+                _check_alone(transformer)
         origin.check_run(self.recipe.made_for, num_steps, timesteps)
         run.settle(num_steps, timesteps)
         self._last = run
@@ -436,7 +444,10 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
     if recipe.which is not None:
         chosen = {site.order for site in columns if recipe.which.selects(site)}
         if not chosen:
-            raise ValueError(f"{description.model} has no token-wise feed-forward to compute some tokens of")
+            raise ValueError(
+                f"{description.model} has no token-wise feed-forward to compute some tokens of: they do not lie as "
+                "[batch, tokens, channels], or the image's cannot be told from the text's"
+            )
         scored_by = (recipe.which.scored_by, "fused") if recipe.which.observes else ()
         if scored_by and not chosen & {site.order for site in columns if site.kind in scored_by}:
             raise ValueError(
@@ -497,11 +508,16 @@ def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) ->
     return cache
 
 
-def _check(transformer: nn.Module) -> None:
-    """Raises an error if a transformer cannot be cached as it stands."""
+def _check_alone(transformer: nn.Module) -> None:
+    """Raises an error if a transformer has a cache of diffusers, which would skip blocks of its own."""
     foreign = hooks.foreign_cache(transformer)
     if foreign is not None:
         raise RuntimeError(f"a diffusers cache is already on ({foreign}); call transformer.disable_cache() first")
+
+
+def _check(transformer: nn.Module) -> None:
+    """Raises an error if a transformer cannot be cached as it stands."""
+    _check_alone(transformer)
     # accelerate has the weights of what it hooks elsewhere, and brings them when they are needed
     here = (module for module in transformer.modules() if not hasattr(module, "_hf_hook"))
     if any(p.is_meta for module in here for p in module.parameters(recurse=False)):

@@ -19,19 +19,45 @@ if TYPE_CHECKING:
     from .forward import Forward
 
 FED = -1  # "call" of the entry that keeps the attention in front of a fused site
+# share of a fused site of which all tokens are computed at a partial step: its attention is held, unlike at a full
+# one. It survives the six digits of a file, and times up to 250000 tokens it rounds to all of them.
+ALL = 1 - 2e-6
+# norms of keys: of text that an attention is given apart, and of its own tokens
+KEY_NORMS = ("norm_added_k",), ("norm_k", "k_norm")
 
 
 class Watch(TorchFunctionMode):
-    """Sees what the attention inside of it hands to torch's kernel, whatever the model did to it before."""
+    """Sees what the attention inside of it hands to torch's kernel, whatever the model did to it before.
 
-    def __init__(self) -> None:
+    Args:
+        norms: weights of the norms that its keys go through, in the order in which the keys are joined.
+    """
+
+    def __init__(self, norms: tuple[Any, ...] = ()) -> None:
         super().__init__()
         self.seen: list[Attended] = []
+        self.norms = norms
+        self.raw: dict[int, Tensor] = {}  # what entered the norms, by their number
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.norms and func in (F.rms_norm, F.layer_norm):
+            weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
+            self.raw |= {n: args[0] for n, norm in enumerate(self.norms) if norm is not None and norm is weight}
         if func is F.scaled_dot_product_attention:
-            self.seen.append(self._attended(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+            attended = self._attended(*args, **kwargs)
+            self.seen.append(attended._replace(raw_key=self._raw_key(attended.key)))
+        return func(*args, **kwargs)
+
+    def _raw_key(self, key: Tensor) -> Tensor | None:
+        """Keys [batch, heads, tokens, channels] before their norms; None if these were not seen."""
+        if not self.norms:
+            return key
+        parts, self.raw = [self.raw[n] for n in sorted(self.raw)], {}
+        if len(parts) < len(self.norms) or any(part.ndim != 4 for part in parts):
+            return None
+        raw = torch.cat(parts, 1).transpose(1, 2)
+        return raw if raw.shape == key.shape else None
 
     @staticmethod
     def _attended(
@@ -70,9 +96,11 @@ class Selection:
         count = self.which.count(self._site(j), self.forward.step, self.run.num_steps, own)
         if not count:
             self._grow_older(entry)
-        elif count < own and not all(self._fed(j, one).values for one in self._attentions(j)):
+        elif not all(self._fed(j, one).values for one in self._attentions(j)):
             return COMPUTE  # the attention in front of it is not kept
-        return COMPUTE if count == own else count / tokens
+        if count < own:
+            return count / tokens
+        return ALL if self._attentions(j) else COMPUTE
 
     def image(self, j: int, entry: Entry) -> slice:
         """Which tokens of a site may be chosen: all, or those that are not text.
@@ -116,10 +144,14 @@ class Selection:
             row = self.forward.row if step == self.forward.step else self.run.codes[step]
             if step > self.forward.step and row[j] == COMPUTE:
                 return False
-            counts = (self.which.count(self._site(i), step, self.run.num_steps, tokens) / tokens for i in scored)
-            codes = [count if row[i] == PARTIAL else row[i] for i, count in zip(scored, counts, strict=True)]
-            if any(code not in (None, REUSE, COMPUTE) for code in codes):
-                return True
+            for i in scored:
+                if row[i] != PARTIAL:
+                    due = row[i] not in (None, REUSE, COMPUTE)
+                else:  # all tokens need no score, but at a fused site the attention that is held
+                    count = self.which.count(self._site(i), step, self.run.num_steps, tokens)
+                    due = 0 < count < tokens or bool(count and self._attentions(i))
+                if due:
+                    return True
         return False
 
     # ---- scores -----------------------------------------------------------------------------------------------------
@@ -133,12 +165,21 @@ class Selection:
         rows = self.forward.samples.size * self.forward.samples.halves
         if not self.which.observes or not self._due(j, x.shape[:-1].numel() // rows):
             return original(*args, **kwargs)
-        with Watch() as watch:  # a compiled attention would not be seen inside of
+        with Watch(self._key_norms(j)) as watch:  # a compiled attention would not be seen inside of
             output = self.forward.plain(*args, **kwargs)
         before = self.forward.flops()
         self.forward.entry(j).observed = self._score(j, watch.seen, rows)
         self.forward.scoring += self.forward.flops() - before
         return output
+
+    def _key_norms(self, j: int) -> tuple[Any, ...]:
+        """Weights of the norms of an attention's keys, in the order of text and image, for selectors that ask."""
+        if not self.which.raw_keys:
+            return ()
+        attention = (self._attentions(j) or [self.attachment.entry(j).module])[0]
+        both = [next((n for name in names if (n := getattr(attention, name, None))), None) for names in KEY_NORMS]
+        both = both if self.attachment.block_of[j].family.text == "first" else both[::-1]
+        return tuple(getattr(norm, "weight", None) for norm in both if norm is not None)
 
     def _score(self, j: int, seen: list[Attended], rows: int) -> Tensor:
         """Raw scores [batch, tokens] of an attention: its last, of which some models make one for every row."""
@@ -239,7 +280,7 @@ class Selection:
             entry.ages.scatter_(1, chosen, 0.0)  # type: ignore[union-attr]
         else:
             self._grow_older(entry)
-        self.run.record(j, count / x.shape[1])
+        self.run.record(j, share if count == x.shape[1] else count / x.shape[1])
         return held.clone() if j in self.attachment.aliased else held
 
     def _gathered(self, j: int, chosen: Tensor, original: Callable[..., Any], arguments: dict[Any, Any]) -> Tensor:

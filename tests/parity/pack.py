@@ -148,25 +148,28 @@ class Reads:
     become: dict[str, Callable[[Any], Parameters]] = field(default_factory=dict)  # settings of other names or values
     artifacts: Callable[[Pack, Case, dict[str, Tensor]], Parameters] = by_name
     variants: dict[str, Parameters] = field(default_factory=dict)  # what the variant of the case decides
+    by_network: dict[str, Parameters] = field(default_factory=dict)  # what its class decides, unless settings do
 
 
-# what the authors' programs for a network always do, told by the ratio schedule that is theirs
-BY_SCHEDULE: dict[str, Parameters] = {
-    "pixart": {"sensitive_window": None, "step_order": "up"},
-    "flux": {"spatial_bonus": None, "select_text": True},
+# what the authors' programs for a network always do
+BY_NETWORK: dict[str, Parameters] = {
+    "PixArtTransformer2DModel": {"sensitive_window": None, "step_order": "up"},
+    "FluxTransformer2DModel": {"spatial_bonus": None, "select_text": True, "first_full": 3, "layer_divisor": 27},
+    "STDiT3": {"spatial_bonus": None},
 }
+SELECTORS = {"cross-entropy": "cross-attention-entropy", "kv-norm": "value-norm", "v-norm": "value-norm"}
+SELECTORS |= {"k-norm": "key-norm"}
 TOKENS: dict[str, Callable[[Any], Parameters]] = {
     "kind_decided": per_block_kind,
     "shared_indices": lambda shared: {"share_guidance_indices": shared},
-    "selector": lambda name: {"selector": "cross-attention-entropy" if name == "cross-entropy" else name},
-    "ratio_schedule": lambda name: {"ratio_schedule": name, **BY_SCHEDULE.get(name, {})},
+    "selector": lambda name: {"selector": SELECTORS.get(name, name)},
 }
 SELECTING = (*DIT, "PixArtTransformer2DModel", "FluxTransformer2DModel", "STDiT3")
 METHODS = {
     "none": Reads(networks=tuple(CLASSES)),
     "fora": Reads(drop=("cached",)),
-    "toca": Reads(networks=SELECTING, become=TOKENS),
-    "duca": Reads(networks=SELECTING, drop=("aggressive", "last_block"), become=TOKENS),
+    "toca": Reads(networks=SELECTING, become=TOKENS, by_network=BY_NETWORK),
+    "duca": Reads(networks=SELECTING, drop=("aggressive", "last_block"), become=TOKENS, by_network=BY_NETWORK),
     "l2c": Reads(networks=(*DIT, "UViT"), drop=("router",), variants={"uvit": {"rows": "outer"}}),
     "eoc": Reads(drop=("trend_steps",), artifacts=trend_of),
     "goc": Reads(),
@@ -201,8 +204,8 @@ METHODS = {
 
 def recipe_of(goldens: Pack, case: Case) -> dittocache.Recipe:
     """The recipe that the case's settings, artifacts and variant name."""
-    reads = METHODS[case["method"]]
-    settings: Parameters = {}
+    reads, network = METHODS[case["method"]], goldens.data["networks"][case["network"]]["class"]
+    settings: Parameters = dict(reads.by_network.get(network, {}))
     for name, value in case["settings"].items():
         if name in reads.become:
             settings |= reads.become[name](value)
@@ -210,4 +213,6 @@ def recipe_of(goldens: Pack, case: Case) -> dittocache.Recipe:
             settings[name] = value
     tensors = {name: goldens.artifact(entry) for name, entry in case["artifacts"].items() if name not in FOR_THE_RUN}
     settings |= reads.artifacts(goldens, case, tensors) | reads.variants.get(case["variant"], {})
+    if network in FLUX and settings.get("selector") == "value-norm":
+        settings["selector"] = "large-value-norm"  # the authors' for FLUX prefers large ones
     return dittocache.recipe(case["method"], **settings)

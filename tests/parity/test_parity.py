@@ -104,7 +104,7 @@ def run_sampling(goldens: pack.Pack, case: dict[str, Any], monkeypatch: pytest.M
         types = expected["step_types"].long()
         assert torch.equal(step_types(cache, types.shape), types), "step types"
     if "module_kinds" in expected:
-        assert torch.equal(module_kinds(cache), expected["module_kinds"].long()), "kinds of the modules"
+        assert torch.equal(module_kinds(model, cache), expected["module_kinds"].long()), "kinds of the modules"
     if "selection_calls" in expected:
         check_selection(model, cache, case, expected, calls)
     checked = {"latents", "eps", "velocity", "computed", "step_types", "selection_calls", "selection_indices"}
@@ -181,11 +181,15 @@ def step_types(cache: dittocache.Cache, shape: torch.Size) -> Tensor:
     return types
 
 
-def module_kinds(cache: dittocache.Cache) -> Tensor:
-    """0 full, 1 partial, 2 aggressive for every step, pair of blocks, block of the pair and module."""
-    trace = cache.trace
+def module_kinds(model: Any, cache: dittocache.Cache) -> Tensor:
+    """0 full, 1 partial, 2 aggressive for every step, pair of blocks, block of the pair and module.
+
+    A partial step that takes all tokens is not a full one, though the trace shows a share of 1.
+    """
+    trace, columns = cache.trace, {site.name: site for site in dittocache.describe(model).columns}
+    planned = cache.recipe.when.table(len(trace.table), [columns[name] for name in trace.sites])
     modules = np.array([kind != "stack" for kind in trace.kinds])
-    kinds = np.where(trace.table[:, modules] == 1, 0, 1)
+    kinds = np.where((trace.table == 1) & (planned == 1), 0, 1)[:, modules]
     if not modules.all():
         kinds[(trace.table[:, ~modules] == 0).any(1)] = 2
     return torch.tensor(kinds).reshape(len(kinds), -1, 2, 3)

@@ -16,11 +16,11 @@ from dittocache.calibrate.channels import channel_statistic, channel_weights, lo
 from dittocache.calibrate.magcache import CalibrateMagCache, magnitudes
 from dittocache.fill import At, Entry, Fill
 from dittocache.fill.base import Features
-from dittocache.plan import COMPUTE, Site
+from dittocache.plan import COMPUTE, REUSE, Site
 from dittocache.train.loop import clamp, optimizer_of
 from dittocache.train.objective import Objective, class_conditional
 from dittocache.train.steps import OuterSteps, Pairs
-from dittocache.when import Counter, DualInterval, Every, ModuleIntervals, SoftInterval
+from dittocache.when import Counter, DualInterval, DualModuleIntervals, Every, ModuleIntervals, SoftInterval
 from dittocache.when.power import spread
 from dittocache.which import scores
 from dittocache.which.ratios import factor_of, ratio_at, token_count
@@ -76,6 +76,10 @@ def find(case: dict[str, Any]) -> Callable[[dict[str, Any], Inputs], Inputs] | N
         return lambda s, x: {"score": scores.normalize(received(x["x"]))}
     if what.startswith("value-norm score (DiT)"):
         return lambda s, x: {"score": scores.normalize(scores.value_norms(x["x"]))}
+    if what.startswith("value-norm score (PixArt"):
+        return lambda s, x: {
+            "score": scores.normalize(scores.value_norms(x["x"]).unflatten(0, (2, -1)).mean(0)).repeat(2, 1)
+        }
     if what == "cross-attention entropy score from maps in the padded layout":
         return lambda s, x: {"scores": torch.stack([entropy_score(m) for m in x["maps"]])}
     if what.startswith("cross-attention entropy score"):
@@ -143,7 +147,8 @@ def dit(settings: dict[str, Any], x: Inputs) -> Inputs:
 def pixart(settings: dict[str, Any], x: Inputs) -> Inputs:
     schedule = DualInterval if settings["method"] == "duca" else SoftInterval
     steps, blocks = settings["num_steps"], settings["blocks"]
-    when = schedule(settings["interval"], settings["interval_warp"], None, direction="up")
+    warp = settings["interval_warp"] if settings["ratio"] else 0.0
+    when = schedule(settings["interval"], warp, None, direction="up")
     kinds, intervals = when.kinds(steps, blocks)
 
     def counts(kind: str) -> Tensor:
@@ -184,12 +189,15 @@ def flux(settings: dict[str, Any], x: Inputs) -> Inputs:
 
 
 def opensora(settings: dict[str, Any], x: Inputs) -> Inputs:
-    by = settings["module_intervals"]
-    when = ModuleIntervals(by["attention"], by["cross-attention"], by["mlp"], settings["full_first"])
+    by = {name.replace("-", "_"): interval for name, interval in settings["module_intervals"].items()}
+    schedule = DualModuleIntervals if settings["method"] == "duca" else ModuleIntervals
     kinds = ("attention", "cross-attention", "feed-forward")
     sites = [Site(f"{b}.{kind}", kind, "blocks", b, 2, b) for b in range(2) for kind in kinds]
-    table = when.table(settings["num_steps"], sites)
-    return {"types": torch.tensor(np.where(table == COMPUTE, 0, 1).reshape(-1, 2, 3))}
+    sites.append(Site("blocks", "stack", "blocks", 1, 2, 1))
+    table = schedule(**by, first_full=settings["full_first"]).table(settings["num_steps"], sites)
+    types = np.where(table[:, :-1] == COMPUTE, 0, 1)
+    types[table[:, -1] == REUSE] = 2
+    return {"types": torch.tensor(types.reshape(-1, 2, 3))}
 
 
 def spread_steps(settings: dict[str, Any], x: Inputs) -> Inputs:

@@ -30,7 +30,16 @@ RatioSchedule = Annotated[
 ]
 Selector = Annotated[
     Literal[
-        "attention", "value-norm", "cross-attention-entropy", "random", "similarity", "norm", "compress", "straight"
+        "attention",
+        "value-norm",
+        "large-value-norm",
+        "key-norm",
+        "cross-attention-entropy",
+        "random",
+        "similarity",
+        "norm",
+        "compress",
+        "straight",
     ],
     "what makes a token worth computing",
 ]
@@ -57,11 +66,17 @@ PerBlockKind = Annotated[
 ]
 ShareGuidanceIndices = Annotated[bool, "one selection for both halves of batched guidance"]
 StepOrder = Annotated[
-    Literal["down", "up"], "steps are numbered from the last to the first (DiT), or from the first to the last (PixArt)"
+    Literal["down", "up"],
+    "steps are numbered from the last to the first (DiT), or from the first to the last (PixArt, and always with "
+    "first_full or module_intervals)",
 ]
 FirstFull = Annotated[
     int | None,
-    Int(1, help="this many full steps first, then one every interval-th after the last (FLUX); None: a soft interval"),
+    Int(
+        1,
+        help="this many full steps first (1 if ratio is 0), then one every interval-th after the last (FLUX); None: a "
+        "soft interval",
+    ),
 ]
 ModuleIntervalsOf = Annotated[
     dict[str, int] | None,
@@ -134,21 +149,27 @@ def token_wise(soft: type[SoftInterval], settings: dict[str, Any]) -> Recipe:
     """The composition that ToCa and DuCa share."""
     scoring = ("ratio", "ratio_schedule", "module_ratio_factor", "layer_divisor", "interval", "soft_weight")
     spread = ("spatial_bonus", "spatial_grid", "share_guidance_indices", "select_text")
-    which: Which = token_selector(settings["selector"], **{name: settings[name] for name in scoring + spread})
+    chosen = {name: settings[name] for name in scoring + spread}
+    counted = settings["first_full"] is not None or settings["module_intervals"] is not None
+    which: Which = token_selector(
+        settings["selector"], **chosen, step_order="up" if counted else settings["step_order"]
+    )
     return Recipe(where="module", when=_schedule(soft, settings), which=which, fill=Hold())
 
 
 def _schedule(soft: type[SoftInterval], settings: dict[str, Any]) -> When:
-    """The soft interval, or what is asked for instead; with ratio 0 it does not vary, as in the authors' code."""
-    first_full, intervals = settings["first_full"], settings["module_intervals"]
+    """The soft interval, or what is asked for instead.
+
+    With ratio 0 nothing varies and no more than one step is full at the start, as in the authors' code.
+    """
+    first_full, intervals, varies = settings["first_full"], settings["module_intervals"], settings["ratio"] > 0
     if intervals is not None:
         dual = DualModuleIntervals if soft is DualInterval else ModuleIntervals
         return dual(**intervals, first_full=first_full or 3)
     if first_full is not None:
         if soft is DualInterval:
             raise ValueError("duca has no rule with first_full and without module_intervals; leave first_full away")
-        return Counter(settings["interval"], first_full)
-    varies = settings["ratio"] > 0
+        return Counter(settings["interval"], first_full if varies else 1)
     return soft(
         interval=settings["interval"],
         warp=settings["interval_warp"] if varies else 0.0,

@@ -83,7 +83,8 @@ class DualModuleIntervals(ModuleIntervals):
     """Between the full steps partial and aggressive ones in turn (DuCa's rule for Open-Sora).
 
     With intervals 3 / 6 / 3 a cycle of six: F P A F P A, of cross-attention F P A P P A. In an aggressive step no block
-    is computed and the state that left the last block in the previous step enters the final layer.
+    is computed and the state that left the last block in the previous step enters the final layer. Cross-attention has
+    no partial steps: whatever the ratio, it is reused.
     """
 
     uses_stack: ClassVar[bool] = True
@@ -93,6 +94,8 @@ class DualModuleIntervals(ModuleIntervals):
         k = np.arange(num_steps)
         since = k % self.attention
         aggressive = (k >= self.first_full) & (since > 0) & (since % 2 == 0)
+        cross = np.array([site.kind == "cross-attention" for site in sites])
+        table[(table == PARTIAL) & cross] = REUSE
         table[aggressive] = REUSE
         stack = [site.kind == "stack" for site in sites]
         table[np.ix_(~aggressive, stack)] = COMPUTE

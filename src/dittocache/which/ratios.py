@@ -33,38 +33,46 @@ def factor_of(factors: Mapping[str, float] | float | None, schedule: str, kind: 
 
 
 def ratio_at(
-    schedule: str, ratio: float, factor: float, step: int, num_steps: int, layer: int, divisor: int, interval: int
+    schedule: str,
+    ratio: float,
+    factor: float,
+    step: int,
+    num_steps: int,
+    layer: int,
+    divisor: int,
+    interval: int,
+    step_order: str = "down",
 ) -> float:
     """Share of the tokens to compute, not yet clamped to [0, 1].
 
     Args:
         schedule: name of the schedule.
         ratio: base ratio R.
-        factor: module factor F, used by the layered schedules, `pixart`, `stdit3` and `flux`.
-        step: k, 0 = noisiest. The DiT schedules are written in i = T-1-k, `pixart` in k, `flux` in neither.
+        factor: module factor F.
+        step: k, 0 = noisiest.
         num_steps: T.
         layer: block l.
         divisor: number that l is divided by, d.
         interval: base interval N (`linear-mode` only).
+        step_order: the index i of a step is T-1-k ("down": DiT) or k ("up": PixArt, Open-Sora, FLUX). `pixart` is
+            written in k, whatever the order.
     """
-    i, depth = num_steps - 1 - step, layer / max(divisor, 1)
+    i, depth = step if step_order == "up" else num_steps - 1 - step, layer / max(divisor, 1)
     if schedule in _LAYERED:
         ws, wl = _LAYERED[schedule]
         return ratio * factor * (1 + wl - 2 * wl * depth) * (1 + ws - 2 * ws * i / num_steps)
-    if schedule == "constant":
-        return ratio
+    if schedule in ("constant", "stdit3"):
+        return ratio * factor
     if schedule == "linear":
-        return ratio * (1.9 - 1.8 * i / num_steps)
+        return ratio * factor * (1.9 - 1.8 * i / num_steps)
     if schedule == "exp":
-        return ratio * 0.9 ** (i / num_steps)
+        return ratio * factor * 0.9 ** (i / num_steps)
     if schedule == "linear-mode":
-        return ratio * (1.9 - 1.8 * i / num_steps + 0.1 * ((i % interval) / interval - 0.5))
+        return ratio * factor * (1.9 - 1.8 * i / num_steps + 0.1 * ((i % interval) / interval - 0.5))
     if schedule == "layerwise":
-        return ratio * (1.9 - 1.8 * depth)
+        return ratio * factor * (1.9 - 1.8 * depth)
     if schedule == "pixart":
         return ratio * (1.9 - 1.8 * step / num_steps) * (1.6 - 1.2 * depth) * factor
-    if schedule == "stdit3":
-        return ratio * factor
     if schedule == "flux":
         return ratio * (1.5 - depth) * factor
     raise ValueError(f"unknown ratio schedule {schedule!r}; known: {', '.join(SCHEDULES)}")

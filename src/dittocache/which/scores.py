@@ -45,6 +45,11 @@ def value_norms(norms: Tensor) -> Tensor:
     return (1 - norms).sum(1)
 
 
+def mean_norms(vectors: Tensor) -> Tensor:
+    """Raw score [batch, tokens] from vectors [batch, heads, tokens, channels]: mean norm over the heads, large wins."""
+    return vectors.norm(dim=-1).float().mean(1)
+
+
 def attention_map(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Head-averaged softmax map [batch, queries, tokens], float32; arguments as in `attention_received`."""
     logits = (query * scale) @ key.transpose(-2, -1)

@@ -16,13 +16,17 @@ from .ratios import PARTS, SCHEDULES, factor_of, ratio_at, token_count
 
 
 class Attended(NamedTuple):
-    """What an attention handed to torch's kernel: [batch, heads, tokens, channels], scale and mask of the logits."""
+    """What an attention handed to torch's kernel: [batch, heads, tokens, channels], scale and mask of the logits.
+
+    `raw_key` are the keys before the norm that the attention has for them, if a selector asks; None if unseen.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     scale: float
     mask: Tensor | None = None
+    raw_key: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Which(Part):
         spatial_grid: side of a cell in tokens.
         share_guidance_indices: one selection for both halves of batched guidance, from the mean of their scores.
         select_text: text may be thinned out, too: its own feed-forwards, and blocks that hold text and image at once.
+        step_order: ratio schedules see steps numbered from the last to the first, "down", or the other way, "up".
     """
 
     ratio: float = 0.07
@@ -54,10 +59,12 @@ class Which(Part):
     spatial_grid: int = 2
     share_guidance_indices: bool = False
     select_text: bool = False
+    step_order: str = "down"
 
     name: ClassVar[str] = ""
     observes: ClassVar[bool] = False  # scores tokens by what an attention was handed
     scored_by: ClassVar[str] = "attention"  # the kind of that attention
+    raw_keys: ClassVar[bool] = False  # wants `Attended.raw_key`
     uses_input: ClassVar[bool] = False  # `base` wants the tokens as they stand before the norm of the module
     normalized: ClassVar[bool] = True  # base scores are brought to unit L2 norm over the tokens
 
@@ -75,6 +82,7 @@ class Which(Part):
         check_int("spatial_grid", self.spatial_grid, 1)
         check_bool("share_guidance_indices", self.share_guidance_indices)
         check_bool("select_text", self.select_text)
+        check_choice("step_order", self.step_order, ("down", "up"))
 
     def selects(self, site: Site) -> bool:
         """Whether partial steps compute some tokens of a site, rather than none."""
@@ -86,10 +94,8 @@ class Which(Part):
         """Number of tokens to compute at a site and step."""
         factor = factor_of(self.module_ratio_factor, self.ratio_schedule, site.kind)
         divisor = site.depth - 1 if self.layer_divisor is None else self.layer_divisor
-        return token_count(
-            ratio_at(self.ratio_schedule, self.ratio, factor, step, num_steps, site.block, divisor, self.interval),
-            tokens,
-        )
+        at = (step, num_steps, site.block, divisor, self.interval, self.step_order)
+        return token_count(ratio_at(self.ratio_schedule, self.ratio, factor, *at), tokens)
 
     # ---- which ------------------------------------------------------------------------------------------------------
     def observe(self, seen: Attended, halves: int) -> Tensor:
@@ -154,6 +160,33 @@ class ValueNorm(Which):
 
     def base(self, observed: Any, x: Tensor, held: Tensor, halves: int, generator: torch.Generator) -> Tensor:
         return observed
+
+
+@dataclass(frozen=True)
+class LargeValueNorm(ValueNorm):
+    """Norm of the value vector, mean over heads: large values win. `v-norm` of ToCa's authors on FLUX."""
+
+    name = "large-value-norm"
+
+    def observe(self, seen: Attended, halves: int) -> Tensor:
+        return scores.mean_norms(seen.value)
+
+
+@dataclass(frozen=True)
+class LargeKeyNorm(ValueNorm):
+    """Norm of the key before its own norm and rotation, mean over heads: large ones win. `k-norm` on FLUX."""
+
+    name = "key-norm"
+    raw_keys = True
+
+    def observe(self, seen: Attended, halves: int) -> Tensor:
+        """Raises a RuntimeError if the keys were not seen before their norm."""
+        if seen.raw_key is None:
+            raise RuntimeError(
+                "selector 'key-norm' sees no keys [batch, tokens, heads, channels] before the norm of this attention; "
+                "use attention, value-norm or large-value-norm"
+            )
+        return scores.mean_norms(seen.raw_key)
 
 
 @dataclass(frozen=True)
@@ -243,6 +276,8 @@ SELECTORS: dict[str, type[Which]] = {
     for cls in (
         AttentionReceived,
         ValueNorm,
+        LargeValueNorm,
+        LargeKeyNorm,
         CrossAttentionEntropy,
         RandomTokens,
         Similarity,
