@@ -7,6 +7,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 
 run := .venv/bin/python
+workers := -n auto --maxprocesses 8 --dist worksteal
 setup = @$(PYTHON) scripts/setup_venv.py
 
 .PHONY: help demo test test-all check format compat bundled bench docs venv clean distclean
@@ -20,11 +21,11 @@ demo:  ## draw with and without caching, measure, write one page to look at
 
 test:  ## the tests that take seconds
 	$(setup) dev eval train
-	@$(run) -m pytest -m "not slow" $(ARGS)
+	@$(run) -m pytest -m "not slow" $(workers) $(ARGS)
 
 test-all:  ## every test
-	$(setup) dev eval train
-	@$(run) -m pytest $(ARGS)
+	$(setup) dev eval train quantise
+	@$(run) -m pytest $(workers) $(ARGS)
 
 check:  ## lint, formatting, types
 	$(setup) dev eval
@@ -41,7 +42,7 @@ compat:  ## measure every method on every model and write the table
 	$(setup) dev eval train
 	@$(run) tests/matrix.py --write
 
-bundled:  ## rebuild the bundled model, its data and its statistics from scratch
+bundled:  ## rebuild a bundled model, its data and its statistics from scratch
 	$(setup) build eval
 	@$(run) -m dittocache.bundled.build $(ARGS)
 

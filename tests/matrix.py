@@ -211,31 +211,66 @@ def row(name: str) -> dict[str, dict[str, Any]]:
 
 
 def page(cells: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The table in Markdown, with the reasons below."""
-    reasons: dict[str, int] = {}
-    lines = [
-        "# Compatibility",
-        "",
-        "<!-- written by `make compat`; do not edit -->",
-        "",
-        "Every method on a tiny random model of every class, on inputs that never change: a number is the share of",
-        "FLOPs computed while every step equalled the uncached output (1e-5 relative); [n] is a refusal, its one line",
-        "below. The share says that something is skipped, not how much a real run saves.",
-        "",
-        f"| model | {' | '.join(METHODS)} |",
-        f"|---|{'---|' * len(METHODS)}",
-    ]
+    """The page in Markdown: what works by method, by model, and why the rest is refused."""
+    kinds: dict[str, int] = {}  # of refusals: without names and numbers, these say the same
+    texts: dict[int, str] = {}
+    refusing: dict[int, dict[str, None]] = {}
+    rows, refused = [], {column: dict[int, int]() for column in METHODS}
     for name, found in cells.items():
         shown = []
         for column in METHODS:
             cell = found[column]
             if "computed" in cell:
-                shown.append(f"{cell['computed']:.2f}")
-            else:
-                reason = cell["refused"].replace(name, "MODEL").replace("|", "/")
-                shown.append(f"[{reasons.setdefault(reason, len(reasons) + 1)}]")
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    lines += ["", "## Refusals", "", *(f"{n}. {reason}" for reason, n in reasons.items()), ""]
+                shown.append(f"{100 * cell['computed']:.0f}")
+                continue
+            reason = cell["refused"].replace(name, "MODEL").replace("|", "/")
+            words = (word for word in reason.split() if "'" not in word and not any(map(str.isdigit, word)))
+            n = kinds.setdefault(" ".join(words), len(kinds) + 1)
+            texts.setdefault(n, reason)
+            refusing.setdefault(n, {})[name] = None
+            refused[column][n] = refused[column].get(n, 0) + 1
+            shown.append(f"[{n}]")
+        rows.append(f"| {name} | {' | '.join(shown)} |")
+    methods = []
+    for column, (method, _) in METHODS.items():
+        works = len(cells) - sum(refused[column].values())
+        why = ", ".join(f"[{n}] {count}" for n, count in refused[column].items())
+        methods.append(f"| [{column}](methods/{method}.md) | {works} of {len(cells)} | {why} |")
+    reasons = []
+    for n, text in texts.items():
+        where = ", ".join(refusing[n]) if len(refusing[n]) < len(cells) / 2 else f"{len(refusing[n])} models"
+        reasons.append(f"{n}. `{text}`: {where}")
+    lines = [
+        "# Compatibility",
+        "",
+        "<!-- written by `make compat`; do not edit -->",
+        "",
+        f"Every method on a tiny random model of every class, {len(cells)} in all. It *works* if, on inputs that never",
+        "change, every step equals the uncached output (1e-5 relative, or what the class in `tests/zoo` is allowed)",
+        "and compute was really skipped. Otherwise it is *refused*: one line, and nothing is changed.",
+        "",
+        "## By method",
+        "",
+        "| method | works on | refused |",
+        "|---|---|---|",
+        *methods,
+        "",
+        "## By model",
+        "",
+        "A number is the percentage of FLOPs computed in these five steps; it says that something is skipped, not how",
+        "much a real run saves. [n] is a refusal.",
+        "",
+        f"| model | {' | '.join(METHODS)} |",
+        f"|---|{'---|' * len(METHODS)}",
+        *rows,
+        "",
+        "## Refusals",
+        "",
+        "As the first of the models says it; others name other modules and sizes.",
+        "",
+        *reasons,
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import pickle
 import sys
 import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -20,6 +21,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from pipelines import CASES, run
 from safetensors.torch import save_file
 from torch import nn
 
@@ -324,14 +326,28 @@ def test_a_pipeline_without_a_transformer():
     assert type(pipe) is Empty and type(pipe.scheduler) is DDIMScheduler
 
 
-def test_a_model_on_the_meta_device():
-    with torch.device("meta"):
-        model = DiTTransformer2DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8
-        )
-    with one_line("meta device", "DiTTransformer2DModel"):
-        dittocache.enable(model, "fora")
-    assert not tiny.traces_of_cache(model)
+@pytest.mark.parametrize("missing", ["all", "one", "of the second"])
+def test_a_half_loaded_model(missing):
+    """Weights on the meta device have no values; a pipeline's second network counts, too."""
+    case = CASES["wan-2.2"]
+    pipe = case.build(0)
+    model = pipe.transformer_2 if missing == "of the second" else pipe.transformer
+    if missing == "all":
+        model.to("meta")
+    else:
+        projection = model.blocks[1].attn1.to_q
+        weight, projection.weight = projection.weight, nn.Parameter(projection.weight.to("meta"))
+    before = tiny.fingerprint(pipe.transformer), tiny.fingerprint(pipe.transformer_2), type(pipe), type(pipe.scheduler)
+    with one_line("meta device", "WanTransformer3DModel", "load"):
+        dittocache.enable(pipe, "fora", interval=2)
+    after = tiny.fingerprint(pipe.transformer), tiny.fingerprint(pipe.transformer_2), type(pipe), type(pipe.scheduler)
+    assert after == before
+    if missing != "all":
+        projection.weight = weight
+        assert torch.equal(run(case, pipe, steps=3), run(case, case.build(0), steps=3))
+        with dittocache.enable(pipe, "fora", interval=2) as cache:
+            run(case, pipe, steps=6)
+            assert cache.trace.compute_fraction < 1
 
 
 @pytest.mark.parametrize(
@@ -342,31 +358,65 @@ def test_not_a_scheduler(shared, scheduler):
         dittocache.enable(model, "fora", scheduler=scheduler)
 
 
-def foreign_caches():
-    from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
-    from diffusers.hooks import FasterCacheConfig
+# every cache that diffusers has, as far as this version of it has it
+FOREIGN = {
+    "FirstBlockCacheConfig": {"threshold": 0.1},
+    "PyramidAttentionBroadcastConfig": {
+        "spatial_attention_block_skip_range": 2,
+        "current_timestep_callback": lambda: 500,
+    },
+    "FasterCacheConfig": {"current_timestep_callback": lambda: 500, "is_guidance_distilled": True},
+    "MagCacheConfig": {"calibrate": True},
+    "TaylorSeerCacheConfig": {},
+    "TextKVCacheConfig": {},
+    "SeaCacheConfig": {},
+}
 
-    return {
-        "FirstBlockCache": FirstBlockCacheConfig(threshold=0.1),
-        "PAB": PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
-        ),
-        "FasterCache": FasterCacheConfig(current_timestep_callback=lambda: 500, is_guidance_distilled=True),
-    }
+
+def test_all_caches_of_diffusers_are_known():
+    assert {name for name in dir(diffusers) if name.endswith(("CacheConfig", "BroadcastConfig"))} <= set(FOREIGN)
 
 
-@pytest.mark.parametrize("name", ["FirstBlockCache", "PAB", "FasterCache"])
-def test_a_diffusers_cache_that_is_already_on(name):
-    model = tiny.flux()
-    model.enable_cache(foreign_caches()[name])
-    before = tiny.fingerprint(model)
-    with one_line("diffusers cache is already on", "disable_cache", error=RuntimeError):
-        dittocache.enable(model, "fora")
-    assert tiny.fingerprint(model) == before
-    model.disable_cache()
-    with dittocache.enable(model, "fora") as cache:
-        tiny.predictions(model, cache, 4)
-        assert cache.trace.compute_fraction < 1
+@pytest.mark.parametrize("order", ["before", "while"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_diffusers_cache_on_the_same_model(name, order):
+    """Whichever came first: both would skip blocks, and neither could know."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    model, plain = tiny.flux(), tiny.predictions(tiny.flux(), None, 4)
+    config = getattr(diffusers, name)(**FOREIGN[name])
+    refused = one_line("diffusers cache is already on", "disable_cache", error=RuntimeError)
+    if order == "before":
+        model.enable_cache(config)
+        before = tiny.fingerprint(model)
+        with refused:
+            dittocache.enable(model, "fora")
+        assert tiny.fingerprint(model) == before
+        model.disable_cache()
+        cache = dittocache.enable(model, "fora")
+    else:
+        cache = dittocache.enable(model, "fora")
+        model.enable_cache(config)
+        with refused:
+            cache.run(4)
+        model.disable_cache()
+    tiny.predictions(model, cache, 4)
+    assert cache.trace.compute_fraction < 1
+    cache.disable()
+    assert all(torch.equal(a, b) for a, b in zip(tiny.predictions(model, None, 4), plain, strict=True))
+
+
+def test_a_diffusers_cache_that_comes_on_under_a_pipeline():
+    case = CASES["flux"]
+    pipe = case.build(0)
+    with dittocache.enable(pipe, "fora", interval=2) as cache:
+        cached = run(case, pipe, steps=4)
+        pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+        with one_line("diffusers cache is already on", "fbc_", error=RuntimeError):
+            run(case, pipe, steps=4)
+        pipe.transformer.disable_cache()
+        # it leaves its wrappers behind, under which blocks take their own way, not the shortcut
+        assert tiny.relative(run(case, pipe, steps=4), cached) < 1e-5 and cache.trace.compute_fraction < 1
 
 
 def test_an_error_leaves_no_hook_on_a_fresh_model(model):

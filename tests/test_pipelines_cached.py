@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers.hooks import LayerSkipConfig
 from pipelines import CASES, Case, images, run
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -36,12 +37,27 @@ SPANS = {
     "model": Recipe(where="model", when=Every(2)),
 }
 # models that `where="stack"` cannot serve: their blocks belong to resolutions, each of a list of its own
-STACKLESS = {"sd", "sdxl", "sd-img2img", "instruct-pix2pix"}
+STACKLESS = {"sd", "sdxl", "sd-img2img", "sdxl-inpaint", "instruct-pix2pix"}
 SINGLE = {"wan-vace", "skyreels-v2-df"}  # one video at a time; what they say to two: test_pipelines_videos.py
 PIECES = {"skyreels-v2-df-long": 2}  # runs of a call: every piece of the video is denoised from noise
 # text as their denoisers are given it
 TEXT = ("encoder_hidden_states", "class_labels", "cap_feats")
+# other ways to call a model that is here already: what `make test` leaves to `make test-all`, but for the first test
+VARIANTS = {
+    *("pixart-sigma", "sd3-inpaint", "flux-inpaint", "flux-fill", "flux-control", "flux2-klein-inpaint"),
+    *("qwen-image-inpaint", "chroma-img2img", "z-image-img2img", "z-image-inpaint", "sana-sprint-img2img"),
+    *("sd-img2img", "sdxl-inpaint", "cogvideox-dpm", "cogvideox-v2v", "wan-v2v", "wan-2.2-i2v", "wan-2.2-ti2v"),
+    *("skyreels-v2", "skyreels-v2-df", "ltx2", "ltx2-stg", "sana-video", "stable-audio"),
+}
 every = pytest.mark.parametrize("name", list(CASES))
+quiet = pytest.mark.filterwarnings("error:dittocache:UserWarning")  # a run that goes well says nothing
+
+
+def most(names: Any) -> Any:
+    """A parameter for all of these cases, the variants slow."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in names]
+    )
 
 
 class Seen(NamedTuple):
@@ -160,6 +176,7 @@ def check(name: str, cache: Any, drawn: Tensor) -> None:
 
 
 @every
+@quiet
 def test_reuses_every_second_step_and_leaves_nothing_behind(name: str) -> None:
     case, (pipe, drawn, *_) = CASES[name], plain(name)
     before = state(pipe)
@@ -179,7 +196,8 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@every
+@quiet
+@most(CASES)
 @pytest.mark.parametrize("where", SPANS)
 def test_reuses_spans(name: str, where: str) -> None:
     case, pipe = CASES[name], plain(name).pipe
@@ -191,7 +209,7 @@ def test_reuses_spans(name: str, where: str) -> None:
         check(name, cache, run(case, pipe, steps=STEPS))
 
 
-@every
+@most(CASES)
 @pytest.mark.filterwarnings("ignore:dittocache.*skipped nothing")
 def test_a_plan_that_computes_all_is_the_plain_pipeline(name: str) -> None:
     case, (pipe, drawn, *_) = CASES[name], plain(name)
@@ -200,7 +218,7 @@ def test_a_plan_that_computes_all_is_the_plain_pipeline(name: str) -> None:
         assert cache.trace.compute_fraction == 1 and (cache.trace.table == 1).all()
 
 
-@every
+@most(CASES)
 def test_an_interrupted_run_leaves_nothing_to_the_next(name: str) -> None:
     """Which has another number of pictures and of steps, and another size."""
     case, pipe = CASES[name], plain(name).pipe
@@ -248,7 +266,8 @@ def replayed(cache: Any, calls: list[tuple[Seen, int]], length: int) -> None:
                     assert torch.equal(first(call.module(*call.args, **call.kwargs)), call.output), f"step {k}"
 
 
-@every
+@most(CASES)
+@quiet
 def test_no_branch_sees_anothers_features(name: str) -> None:
     case, pipe = CASES[name], plain(name).pipe
     with dittocache.enable(pipe, **FORA) as cache, perturbed(case, pipe):
@@ -275,7 +294,8 @@ def part(name: str | int, value: Any, n: int, rows: int) -> Any:
 BATCHED = [name for name, case in CASES.items() if case.guidance == "batched" and not name.endswith("-pag")]
 
 
-@pytest.mark.parametrize("name", BATCHED)
+@most(BATCHED)
+@quiet
 def test_no_row_of_batched_guidance_sees_anothers_features(name: str) -> None:
     case, pipe = CASES[name], plain(name).pipe
     with dittocache.enable(pipe, **FORA) as cache:
@@ -292,6 +312,94 @@ def test_no_row_of_batched_guidance_sees_anothers_features(name: str) -> None:
                     kwargs = part("", call.kwargs, n, rows)
                     output = first(call.module(*args, **kwargs))
                     assert tiny.relative(output, call.output[n : n + 1]) < 1e-5, f"row {n}, step {k}"
+
+
+GUIDED = [name for name, case in CASES.items() if case.scale is not None and case.branches == 2]
+
+
+@most(GUIDED)
+@quiet
+def test_without_guidance_steps_are_counted_by_ones(name: str) -> None:
+    """On the same pipeline with the same cache, before and after runs with guidance."""
+    case, pipe = CASES[name], plain(name).pipe
+    alone = {case.scale: 1.0}
+    with seen(case, pipe) as calls:
+        run(case, pipe, steps=STEPS, **alone)
+    forwards = len(calls) // PIECES.get(name, 1)
+    with dittocache.enable(pipe, **FORA) as cache:
+        first = run(case, pipe, steps=STEPS, **alone)
+        trace = cache.trace
+        assert trace.steps == tuple(range(forwards)) and trace.meta["branches"] == 1
+        computed = every_second(forwards)
+        if len(denoisers(case, pipe)) > 1:  # each computes its own first step
+            computed = trace.table[:, 0] > 0
+            assert every_second(forwards).sum() <= computed.sum() < forwards
+        assert (trace.table == computed[:, None]).all()
+        run(case, pipe, steps=STEPS)
+        assert cache.trace.meta["branches"] == plain(name).branches
+        assert torch.equal(run(case, pipe, steps=STEPS, **alone), first) and cache.trace == trace
+
+
+# ---- guiders: objects that say which branches there are, and change the network for some of them --------------------
+SKIPPED = {"indices": [1], "fqn": "transformer_blocks"}
+GUIDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "perturbed attention": (
+        "PerturbedAttentionGuidance",
+        {"perturbed_guidance_layers": [1], "perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 0.8},
+    ),
+    "skipped layers": (
+        "SkipLayerGuidance",
+        {
+            "skip_layer_config": LayerSkipConfig(**SKIPPED),
+            "skip_layer_guidance_start": 0.0,
+            "skip_layer_guidance_stop": 0.8,
+        },
+    ),
+    "smoothed energy": ("SmoothedEnergyGuidance", {"seg_guidance_layers": [1]}),
+    "a weaker self": ("AutoGuidance", {"auto_guidance_config": LayerSkipConfig(**SKIPPED)}),
+    "only in the first half": ("ClassifierFreeGuidance", {"stop": 0.5}),
+    "only in the second half": ("ClassifierFreeGuidance", {"start": 0.5}),
+}
+
+
+@pytest.mark.parametrize("how", GUIDERS)
+@quiet
+def test_guiders(how: str) -> None:
+    """Up to three branches, of which two have the same text: each is what it is in a run of its own."""
+    case, pipe = CASES["hunyuan-image"], CASES["hunyuan-image"].build(0)
+    cls, own = GUIDERS[how]
+    pipe.guider = getattr(diffusers.guiders, cls)(guidance_scale=3.0, **own)
+    drawn = run(case, pipe, steps=8)
+    names: list[str] = []
+    with dittocache.enable(pipe, "fora", interval=3) as cache:
+        context = pipe.transformer.cache_context
+        pipe.transformer.cache_context = lambda name: names.append(name) or context(name)
+        with seen(case, pipe) as calls, counted(pipe, calls) as ends:
+            cached = run(case, pipe, steps=8)
+        del pipe.transformer.cache_context
+        assert len(names) == len(calls) and cache.trace.steps == tuple(range(8)) and cache.trace.table.mean() < 0.8
+        assert cache.trace.meta["branches"] == len(set(names)) and tiny.relative(cached, drawn) > 1e-4
+        marks = [sum(n >= end for end in ends) for n in range(len(calls))]
+        for name in dict.fromkeys(names):
+            mine = [(call, k) for call, k, of in zip(calls, marks, names) if of == name]
+            with changed(pipe, name), torch.no_grad(), cache.run(8):
+                for call, k in mine:
+                    cache.step(k)
+                    assert torch.equal(first(call.module(*call.args, **call.kwargs)), call.output), f"{name}, step {k}"
+    assert torch.equal(run(case, pipe, steps=8), drawn)
+
+
+@contextlib.contextmanager
+def changed(pipe: Any, branch: str) -> Iterator[None]:
+    """The network as the guider has it for a branch."""
+    guider = pipe.guider
+    guider._enabled, guider._step, guider._num_inference_steps = True, 2, 8
+    guider._count_prepared = 0
+    for prepared in dict.fromkeys(guider._input_predictions):
+        guider.prepare_models(pipe.transformer)
+        if prepared == branch:
+            yield
+        guider.cleanup_models(pipe.transformer)
 
 
 # ---- guidance that changes on the way -------------------------------------------------------------------------------
@@ -383,6 +491,7 @@ PARTS: dict[str, tuple[str, Any, dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("how", PARTS)
+@quiet
 def test_the_steps_that_are_made_are_the_run(how: str) -> None:
     """However many timesteps the scheduler has: the schedule is that of the steps of this call, to the last."""
     name, scheduler, own, steps = PARTS[how]
@@ -406,6 +515,7 @@ def test_the_steps_that_are_made_are_the_run(how: str) -> None:
 
 
 @pytest.mark.parametrize("name", images.SOLVERS)
+@quiet
 def test_solvers(name: str) -> None:
     """The network is called once for every timestep, 2 n - 1 of them for solvers of second order."""
     case = images.SOLVERS[name]
@@ -424,6 +534,7 @@ STOPPABLE = ("sd3", "flux-cfg", "wan-2.2", "ltx2-all", "cosmos", "skyreels-v2-df
 
 
 @pytest.mark.parametrize("name", STOPPABLE)
+@quiet
 def test_a_pipeline_that_is_told_to_stop(name: str) -> None:
     """Its loop goes on without forwards; what was done is the trace, and the next run is as any."""
     case, pipe = CASES[name], plain(name).pipe

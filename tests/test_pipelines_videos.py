@@ -25,6 +25,8 @@ SINGLE = {
 FORWARDS = {
     "skyreels-v2-df-async": STEPS + 2 * 2,  # the third frame starts 2 x 2 steps after the first
     "skyreels-v2-df-long": STEPS * 2,  # two pieces
+    "cogvideox-v2v": int(0.7 * STEPS),  # of a strength of 0.7
+    "wan-v2v": int(0.7 * STEPS),
 }
 
 _built: dict[str, Any] = {}

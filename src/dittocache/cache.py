@@ -67,17 +67,18 @@ class Report:
         return {**self.__dict__, "warnings": list(self.warnings), "kinds": dict(self.kinds)}
 
     def __str__(self) -> str:
-        lines = [
-            f"recipe           {self.recipe}",
-            f"steps            {self.steps}",
-            f"compute share    {100 * self.compute_fraction:.1f} %",
-            f"ideal speed-up   {self.ideal_speedup:.2f}x",
-            f"FLOPs            {self.flops_done / 1e9:.2f} of {self.flops_full / 1e9:.2f} G",
-            f"features kept    {self.bytes_peak / 2**20:.2f} MiB",
-            *(f"  {kind:<15}{100 * share:.1f} % computed" for kind, share in self.kinds.items()),
-            *(f"warning          {text}" for text in self.warnings),
+        rows = [
+            ("recipe", self.recipe),
+            ("steps", str(self.steps)),
+            ("compute share", f"{100 * self.compute_fraction:.1f} %"),
+            ("ideal speed-up", f"{self.ideal_speedup:.2f}x"),
+            ("FLOPs", f"{self.flops_done / 1e9:.2f} of {self.flops_full / 1e9:.2f} G"),
+            ("features kept", f"{self.bytes_peak / 2**20:.2f} MiB"),
+            *((f"  {kind}", f"{100 * share:.1f} % computed") for kind, share in self.kinds.items()),
+            *(("warning", text) for text in self.warnings),
         ]
-        return "\n".join(lines)
+        width = max(len(label) for label, _ in rows) + 2
+        return "\n".join(f"{label:<{width}}{value}" for label, value in rows)
 
 
 class Cache:
@@ -444,10 +445,13 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
     if recipe.which is not None:
         chosen = {site.order for site in columns if recipe.which.selects(site)}
         if not chosen:
-            raise ValueError(
-                f"{description.model} has no token-wise feed-forward to compute some tokens of: they do not lie as "
-                "[batch, tokens, channels], or the image's cannot be told from the text's"
+            joined = any(site.kind == "fused" and site.tokenwise for site in columns)
+            why = (
+                "select_text=True lets it choose in blocks that hold image and text as one"
+                if joined
+                else ("they do not lie as [batch, tokens, channels], or the image's cannot be told from the text's")
             )
+            raise ValueError(f"{description.model} has no token-wise feed-forward to compute some tokens of: {why}")
         scored_by = (recipe.which.scored_by, "fused") if recipe.which.observes else ()
         if scored_by and not chosen & {site.order for site in columns if site.kind in scored_by}:
             raise ValueError(

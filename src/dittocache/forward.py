@@ -218,6 +218,8 @@ class Forward:
             else:
                 self.run.record([i for i in block.sites if self.row[i] is not None], REUSE)
         if block is span.blocks[-1]:
+            if output is not None:
+                self.attachment.passed(block, output, arguments)
             return self._leave(j, state, block, output)
         if output is not None:
             return output
@@ -362,8 +364,6 @@ class Forward:
             return output
         start: tuple[Tensor, ...] | None = None
         if self.recipe.keeps == "change":
-            if state.rows is True:
-                self.attachment.passed(block, output, state.arguments)
             start = self._started(j, state, block, self.entry(j).values[0] if output is None else pack(output))
         if state.rows is True:
             self.run.record(j, COMPUTE)

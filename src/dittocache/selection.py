@@ -250,10 +250,12 @@ class Selection:
         which, grid = self.which, self.forward.grid
         if not which.spatial_bonus:
             return None
-        known = grid is not None and grid[0] * grid[1] == tokens
-        if grid is None or not known or any(side % which.spatial_grid for side in grid):
+        if grid is None or grid[0] * grid[1] != tokens:
+            self.run.note(f"spatial_bonus is left out: {tokens} tokens to choose from are no grid of an image")
+            return None
+        if any(side % which.spatial_grid for side in grid):
             self.run.note(
-                f"spatial_bonus is left out: {grid or 'an unknown grid'} does not divide into cells of "
+                f"spatial_bonus is left out: {grid} does not divide into cells of "
                 f"{which.spatial_grid} x {which.spatial_grid} tokens"
             )
             return None

@@ -24,6 +24,7 @@ TEXT, WIDTH, POOLED = 7, 12, 10  # text tokens, their width, the width of pooled
 
 CASES: dict[str, Case] = {}
 Arguments = dict[str, Any]
+_REDRAWN: Arguments = {"strength": 0.7}
 
 
 def _case(
@@ -193,6 +194,31 @@ _case(
 )
 
 
+def _compressing_vae(seed: int) -> Any:
+    """A tiny `AutoencoderDC` that makes one latent of 2 x 2 pixels."""
+    shape = {"block_types": "ResBlock", "layers_per_block": (1, 1), "qkv_multiscales": ((), ())}
+    autoencoder = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_out_channels=(4, 8),
+        decoder_block_out_channels=(4, 8),
+        **{f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in shape.items()},
+    )
+    return tiny.randomize(autoencoder, seed)
+
+
+_case(
+    "sana-sprint-img2img",
+    "SanaSprintImg2ImgPipeline",
+    lambda seed: {**_sprint(seed), "vae": _compressing_vae(seed + 1)},
+    _text(negative=False, masked=_MASKED),
+    size=32,
+    other_size=64,
+    inputs={"image": pictures},
+    more={"use_resolution_binning": False, "intermediate_timesteps": None} | _REDRAWN,
+)
+
+
 def _hunyuan(seed: int) -> Arguments:
     transformer = diffusers.HunyuanDiT2DModel(
         num_attention_heads=2,
@@ -257,7 +283,6 @@ def _with_vae(parts: Callable[[int], Arguments], channels: int = 4) -> Callable[
 
 _sd3_text = _text(pooling=True)
 _GUIDED: Arguments = {"guidance_scale": 3.0}
-_REDRAWN: Arguments = {"strength": 0.7}
 
 _case("sd3", "StableDiffusion3Pipeline", _sd3, _sd3_text, "batched", other_size=96, more=_GUIDED)
 _case(
@@ -388,6 +413,34 @@ _case(
 )
 
 
+def _flux_wide(seed: int, channels: int) -> Arguments:
+    """With more channels going in than the 4 of the noise."""
+    narrow = _distilled(seed)["transformer"].config
+    config = {key: value for key, value in narrow.items() if not key.startswith("_")}
+    transformer = diffusers.FluxTransformer2DModel(**config | {"in_channels": channels, "out_channels": 4})
+    return {"transformer": tiny.randomize(transformer, seed), "scheduler": _flux_flow()}
+
+
+_case(
+    "flux-fill",  # the picture without the part to be drawn, and the mask, are channels of the input
+    "FluxFillPipeline",
+    _with_vae(lambda seed: _flux_wide(seed, 4 + 4 + 16), 1),
+    _flux_text,
+    size=16,
+    other_size=24,
+    inputs={"image": pictures, "mask_image": masks},
+)
+_case(
+    "flux-control",  # the control picture is channels of the input
+    "FluxControlPipeline",
+    _with_vae(lambda seed: _flux_wide(seed, 4 + 4), 1),
+    _flux_text,
+    size=16,
+    other_size=24,
+    inputs={"control_image": pictures},
+)
+
+
 def _flux_adapted(seed: int) -> Arguments:
     """With an image-prompt adapter of 4 image tokens in the double-stream blocks."""
     parts = _flux(seed)
@@ -456,6 +509,17 @@ def _klein(seed: int) -> Arguments:
 
 _case("flux2", "Flux2Pipeline", _flux2, _text(negative=False), other_size=96)
 _case("flux2-klein", "Flux2KleinPipeline", _klein, _text(), "separate", size=16, other_size=24, more=_GUIDED)
+_case(
+    "flux2-klein-inpaint",
+    "Flux2KleinInpaintPipeline",
+    _klein,
+    _text(),
+    "separate",
+    size=16,
+    other_size=24,
+    inputs={"image": pictures, "mask_image": masks},
+    more=_GUIDED | _REDRAWN,
+)
 
 
 def _chroma(seed: int) -> Arguments:
@@ -482,6 +546,17 @@ _case(
     "separate",
     other_size=96,
     more=_GUIDED,
+)
+_case(
+    "chroma-img2img",
+    "ChromaImg2ImgPipeline",
+    _with_vae(_chroma, 1),
+    _text(masked=_MASKED, dtype=torch.bool),
+    "separate",
+    size=16,
+    other_size=24,
+    inputs={"image": pictures},
+    more=_GUIDED | _REDRAWN,
 )
 
 
@@ -688,6 +763,21 @@ def _lists(prompts: list[str]) -> Arguments:
 
 
 _case("z-image", "ZImagePipeline", _zimage, _lists, "batched", other_size=96, more=_GUIDED)
+for _name, _class, _inputs in (
+    ("z-image-img2img", "ZImageImg2ImgPipeline", {"image": pictures}),
+    ("z-image-inpaint", "ZImageInpaintPipeline", {"image": pictures, "mask_image": masks}),
+):
+    _case(
+        _name,
+        _class,
+        _with_vae(_zimage),
+        _lists,
+        "batched",
+        size=16,
+        other_size=24,
+        inputs=_inputs,
+        more=_GUIDED | _REDRAWN,
+    )
 
 
 # ---- UNets ----------------------------------------------------------------------------------------------------------
@@ -730,6 +820,18 @@ def _pix2pix(seed: int) -> Arguments:
 
 _case("sd", "StableDiffusionPipeline", _sd, _text(), "batched", denoiser="unet", other_size=96, more=_GUIDED)
 _case("sdxl", "StableDiffusionXLPipeline", _sdxl, _sd3_text, "batched", denoiser="unet", other_size=96, more=_GUIDED)
+_case(
+    "sdxl-inpaint",
+    "StableDiffusionXLInpaintPipeline",
+    _with_vae(_sdxl),
+    _sd3_text,
+    "batched",
+    denoiser="unet",
+    size=16,
+    other_size=24,
+    inputs={"image": pictures, "mask_image": masks},
+    more=_GUIDED | _REDRAWN,
+)
 _case(
     "sd-img2img",
     "StableDiffusionImg2ImgPipeline",

@@ -97,6 +97,11 @@ def _one_picture(seed: int, batch: int, size: int) -> Any:
     return PIL.Image.fromarray(pixels)
 
 
+def _videos(seed: int, batch: int, size: int) -> torch.Tensor:
+    """Videos `[batch, 9, 3, size, size]` within 0 .. 1; video j depends on seed + j alone."""
+    return torch.stack([pictures(100 * (seed + j), 9, size) for j in range(batch)])
+
+
 def _flow(**config: Any) -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(**config)
 
@@ -284,6 +289,20 @@ _case(
     other_size=96,
     inputs={"image": pictures},
     more={"num_frames": 9, "guidance_scale": 3.0},
+)
+_case(
+    "cogvideox-v2v",
+    "CogVideoXVideoToVideoPipeline",
+    lambda seed: {
+        "transformer": _cogvideo(seed),
+        "vae": _cogvideo_vae(seed + 1),
+        "scheduler": _cogvideo_scheduler("DDIM"),
+    },
+    _text(),
+    "batched",
+    other_size=96,
+    inputs={"video": _videos},
+    more={"guidance_scale": 3.0, "strength": 0.7},
 )
 
 
@@ -534,6 +553,16 @@ _case(
     other_size=96,
     inputs={"image": _one_picture},
     more=_WAN,
+)
+_case(
+    "wan-v2v",
+    "WanVideoToVideoPipeline",
+    lambda seed: {"transformer": _wan(seed), "vae": _wan_vae(seed + 1), "scheduler": _unipc(3.0)},
+    _text(),
+    "separate",
+    other_size=96,
+    inputs={"video": _videos},
+    more={"guidance_scale": 3.0, "strength": 0.7},
 )
 _case(
     "wan-vace",  # a second stack of blocks for the conditions

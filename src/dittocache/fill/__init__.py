@@ -1,11 +1,23 @@
 """What stands in for what was not computed? Tensors in, tensors out."""
 
 from .aligned import Aligned
-from .base import At, Entry, Fill
+from .base import At, Entry, Features, Fill
 from .gradient import GradientQueue
 from .hold import Hold
 from .increment import LowRankIncrement
 from .taylor import Forecast, Taylor
 from .trend import Trend
 
-__all__ = ["Aligned", "At", "Entry", "Fill", "Forecast", "GradientQueue", "Hold", "LowRankIncrement", "Taylor", "Trend"]
+__all__ = [
+    "Aligned",
+    "At",
+    "Entry",
+    "Features",
+    "Fill",
+    "Forecast",
+    "GradientQueue",
+    "Hold",
+    "LowRankIncrement",
+    "Taylor",
+    "Trend",
+]
