@@ -689,3 +689,11 @@ def test_a_block_may_be_given_a_slice_of_a_parameter():
     assert all(p.requires_grad for p in model(name).parameters())
     _, trace = cached(name, dittocache.recipe("fora", interval=2, anchor="start"), 2)
     assert trace.flops_full > 0
+
+
+def test_linear_layers_of_experts_are_no_sites():
+    """Which tokens an expert is given changes from step to step."""
+    linears = [one.site.name for one in seen("HiDreamImageTransformer2DModel").described.linears]
+    experts = [name for name, child in model("HiDreamImageTransformer2DModel").named_modules() if ".experts." in name]
+    assert experts and not set(experts) & set(linears)
+    assert any(".shared_experts." in name for name in linears)

@@ -457,7 +457,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, str, nn.Module]
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Modules of one class: blocks of their own; others are parts of the block that holds them."""
+    """Modules of one class: blocks of their own, or experts; others are parts of the block that holds them."""
     return isinstance(module, nn.ModuleList) and len({type(member) for member in module}) < 2
 
 
@@ -469,10 +469,15 @@ ROLES = {
 
 
 def _linears(entry: SiteModule, block: Block) -> Iterator[SiteModule]:
-    """The single linear layers inside of a module, in order of definition; a fused site is one itself, and has none."""
-    site = entry.site
-    for name, child in entry.module.named_modules():
-        if isinstance(child, nn.Linear) and name and "lora_" not in name:
+    """The single linear layers inside of a module, in order of definition; a fused site is one itself, and has none.
+
+    Those of experts are none: which tokens they are given changes from step to step.
+    """
+    site, named = entry.site, dict(entry.module.named_modules())
+    lists = {f"{name}.": list(child.children()) for name, child in named.items() if _is_list(child)}
+    experts = [name for name, members in lists.items() if len(members) > 1 and not isinstance(members[0], nn.Linear)]
+    for name, child in named.items():
+        if isinstance(child, nn.Linear) and name and "lora_" not in name and not name.startswith(tuple(experts)):
             # an adapter (peft) wraps a layer: what it adds is computed as before, around the kept part
             name = name.replace(".base_layer", "")
             path = f"{entry.path}.{name}"
