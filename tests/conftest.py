@@ -53,8 +53,12 @@ def model(request):
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """No test leaves a run open in the context of the next."""
+    """No test leaves a run open in the context of the next, or another attention kernel to all models."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as kernels
+
+    kernel = kernels._active_backend
     yield
+    kernels.set_active_backend(kernel)
     from dittocache import hooks, run
 
     run._active.set(())
