@@ -436,9 +436,9 @@ def method(
     """Registers a function that builds a recipe; its annotated signature becomes the method's parameters."""
 
     def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
-        hints = typing.get_type_hints(build, include_extras=True)
-        signature = inspect.signature(build).parameters
-        parameters = {p: parameter(p, hints[p], signature[p].default) for p in signature}
+        # unlike `get_type_hints`, which makes what defaults to None optional once more in Python 3.10
+        signature = inspect.signature(build, eval_str=True).parameters
+        parameters = {name: parameter(name, p.annotation, p.default) for name, p in signature.items()}
         summary = inspect.cleandoc(build.__doc__ or "").splitlines()[0]
         _methods[name] = Method(name, title, arxiv, bibtex, needs, summary, parameters, dict(settings or {}), build)
         return build

@@ -7,6 +7,8 @@
 See `Entry` for what else is known of a class. What is in no pipeline's loop is named in `EXCLUDED`, with the reason.
 """
 
+import diffusers
+
 from .base import FRAMES, TEXT, Entry, prediction
 from .image import IMAGE
 from .other import OTHER
@@ -14,7 +16,8 @@ from .video import VIDEO
 
 __all__ = ["EXCLUDED", "FRAMES", "TEXT", "ZOO", "Entry", "prediction"]
 
-ZOO: dict[str, Entry] = {found.name: found for found in [*IMAGE, *VIDEO, *OTHER]}
+# older versions of diffusers have fewer
+ZOO: dict[str, Entry] = {found.name: found for found in [*IMAGE, *VIDEO, *OTHER] if hasattr(diffusers, found.name)}
 
 EXCLUDED: dict[str, str] = {
     "DualTransformer2DModel": "two Transformer2DModel side by side in a U-Net, mixed; no list of blocks of its own",
