@@ -227,6 +227,7 @@ def test_learning_rate_schedule():
     assert rates[-1] == pytest.approx(train.FINAL_RATE * train.LEARNING_RATE, rel=0.2)
 
 
+@pytest.mark.slow
 def test_training_resumes_exactly(tmp_path):
     rng = np.random.default_rng(0)
     split = data.Split(rng.integers(0, 256, (130, 32, 32), dtype=np.uint8), np.arange(130) % 36)

@@ -990,10 +990,10 @@ def live_bytes():
 @pytest.mark.parametrize(
     ("method", "params"),
     [
-        ("goc", {}),
-        ("icc", {"rank": 4}),
+        pytest.param("goc", {}, marks=pytest.mark.slow),
+        pytest.param("icc", {"rank": 4}, marks=pytest.mark.slow),
         ("icc", {"rank": 4, "factors": "change-svd"}),
-        ("eoc", {"reuse_steps": (1, 3)}),
+        pytest.param("eoc", {"reuse_steps": (1, 3)}, marks=pytest.mark.slow),
     ],
 )
 def test_memory_grows_neither_with_steps_nor_with_samples(method, params, monkeypatch):
