@@ -361,12 +361,20 @@ def test_token_wise_sites_are(name):
             assert (part - output[:, chosen]).abs().max() <= 1e-5 * output.abs().max(), site
 
 
-def test_no_convolution_and_no_layout_of_another_kind_is_token_wise():
-    for name in ("Sana", "SanaVideo", "SanaWM", "ErnieImage", "Cosmos3Omni", "RFD4Proteina", "UVit2D"):
-        (full,) = (one for one in ZOO if one.startswith(f"{name}Transformer") or one == f"{name}Model")
-        sites = [one.site for one in seen(full).described.entries]
-        mixing = [s for s in sites if s.kind == "feed-forward" and not s.name.startswith("transformer_layers")]
-        assert mixing and not any(site.tokenwise for site in mixing), full
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SanaTransformer2DModel", "SanaVideoTransformer3DModel", "SanaWMTransformer3DModel",
+        "ErnieImageTransformer2DModel", "Cosmos3OmniTransformer", "RFD4ProteinaTransformer", "UVit2DModel",
+    ],
+)  # fmt: skip
+def test_no_convolution_and_no_layout_of_another_kind_is_token_wise(name):
+    sites = [one.site for one in seen(name).described.entries]
+    mixing = [s for s in sites if s.kind == "feed-forward" and not s.name.startswith("transformer_layers")]
+    assert mixing and not any(site.tokenwise for site in mixing)
+
+
+def test_experts_mix_tokens():
     sites = {type(one.module).__name__: one.site for one in seen("NucleusMoEImageTransformer2DModel").described.entries}
     assert not sites["NucleusMoELayer"].tokenwise and sites["FeedForward"].tokenwise
 

@@ -64,18 +64,20 @@ def cached(method: str, steps: int, label: str | None = None, **params: Any) -> 
 
 
 # name, mild and strong parameters: the same intervals for all, the papers' defaults for the rest, but for GOC's longer
-# interval, which they do not have: there it must take differences of computed features, and less of them
+# interval, which they do not have (there it must take differences of computed features, and less of them), and for
+# TaylorSeer's order, which is that for FLUX
 STANDARD_SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fora": ("FORA", {"interval": 2}, {"interval": 4}),
     "toca": ("ToCa", {"interval": 2}, {"interval": 4}),
     "duca": ("DuCa", {"interval": 2}, {"interval": 4}),
     "goc": ("GOC", {"interval": 2}, {"interval": 4, "eta": 0.5, "computed_only": True}),
+    "taylorseer": ("TaylorSeer", {"interval": 2, "order": 1}, {"interval": 4, "order": 1}),
 }
 STANDARD_SHARES = (0.8, 0.66, 0.5, 0.34, 0.26, 0.2)  # of the steps, for the rows with fewer of them
 
 
 def standard_rows(steps: int = 50) -> list[Row]:
-    """The rows of `dittocache demo`: uncached, fewer steps, and four methods at a mild and a strong setting."""
+    """The rows of `dittocache demo`: uncached, fewer steps, and five methods at a mild and a strong setting."""
     counts = sorted({max(1, round(share * steps)) for share in STANDARD_SHARES} - {steps}, reverse=True)
     rows = [uncached(steps), *(fewer(count) for count in counts)]
     for method, (name, mild, strong) in STANDARD_SETTINGS.items():
