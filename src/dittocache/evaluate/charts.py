@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from ..plan import Plan
 
-SHAPES = ("circle", "square", "triangle", "diamond", "down")
+SHAPES = ("circle", "square", "triangle", "diamond", "down", "plus", "star", "hexagon")
 PALETTE_SIZE = 7
 
 
@@ -40,12 +40,19 @@ def marker(shape: str, x: float, y: float, r: float = 5.5) -> str:
     """SVG of a filled marker around (x, y); shapes are of about equal area."""
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
+    star = [(n * math.pi / 5, 0.6 if n % 2 else 1.5) for n in range(10)]
     corners = {
         "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
         "triangle": ((0, -1.25), (1.2, 0.85), (-1.2, 0.85)),
         "down": ((0, 1.25), (1.2, -0.85), (-1.2, -0.85)),
         "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
-    }[shape]
+        "plus": (
+            (-0.45, -1.2), (0.45, -1.2), (0.45, -0.45), (1.2, -0.45), (1.2, 0.45), (0.45, 0.45),
+            (0.45, 1.2), (-0.45, 1.2), (-0.45, 0.45), (-1.2, 0.45), (-1.2, -0.45), (-0.45, -0.45),
+        ),
+        "star": [(out * math.sin(turn), -out * math.cos(turn)) for turn, out in star],
+        "hexagon": [(1.1 * math.sin(n * math.pi / 3), -1.1 * math.cos(n * math.pi / 3)) for n in range(6)],
+    }[shape]  # fmt: skip
     return '<path d="M' + "L".join(f"{x + a * r:.1f} {y + b * r:.1f}" for a, b in corners) + 'Z"/>'
 
 
