@@ -14,15 +14,17 @@ from dittocache.tune import cheapest
 
 def price(costs: np.ndarray, computed: tuple[int, ...], objective: str) -> float:
     """What a plan costs, step by step."""
-    steps, found = len(costs), [0.0]
+    steps, found = len(costs), {a: [0.0] for a in computed}
     for k in range(steps):
         if k not in computed:
             before = [a for a in computed if a < k]
-            found.append(costs[k, before[-1], before[-2] if len(before) > 1 else steps])
-    return max(found) if objective == "max" else sum(found)
+            found[before[-1]].append(costs[k, before[-1], before[-2] if len(before) > 1 else steps])
+    if objective == "coherent":
+        return sum(sum(np.sqrt(stretch)) ** 2 for stretch in found.values())
+    return (max if objective == "max" else sum)(cost for stretch in found.values() for cost in stretch)
 
 
-@pytest.mark.parametrize("objective", ["sum", "max"])
+@pytest.mark.parametrize("objective", ["sum", "max", "coherent"])
 @given(steps=st.integers(1, 7), seed=st.integers(0, 10**6), forbidden=st.sampled_from([0.0, 0.2, 0.6]))
 def test_no_other_plan_is_cheaper(objective, steps, seed, forbidden):
     generator = np.random.default_rng(seed)
@@ -65,7 +67,7 @@ def test_a_budget_that_cannot_be_met():
         (np.zeros((0, 0, 1)), "sum", "costs must be"),
         (np.full((3, 3, 4), -1.0), "sum", "costs must be 0 or more, and not nan"),
         (np.full((3, 3, 4), np.nan), "sum", "costs must be 0 or more, and not nan"),
-        (np.zeros((3, 3, 4)), "mean", "objective must be one of sum, max; got 'mean'"),
+        (np.zeros((3, 3, 4)), "mean", "objective must be one of sum, max, coherent; got 'mean'"),
     ],
 )
 def test_costs_that_are_none(costs, objective, message):

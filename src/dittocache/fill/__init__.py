@@ -5,7 +5,7 @@ from .base import At, Entry, Features, Fill
 from .gradient import GradientQueue
 from .hold import Hold
 from .increment import LowRankIncrement
-from .taylor import Forecast, Taylor
+from .taylor import Forecast, Orders, Taylor
 from .trend import Trend
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "GradientQueue",
     "Hold",
     "LowRankIncrement",
+    "Orders",
     "Taylor",
     "Trend",
 ]

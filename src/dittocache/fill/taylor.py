@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parts import check_int
+from ..parts import check_int, check_ints
 from .base import At, Entry, Features, Fill
 
 
@@ -144,3 +144,30 @@ class Taylor(Forecast):
     def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
         used = [step for n, step in enumerate(steps) if all(newer > self.start for newer in steps[:n])]
         return coefficients(used, at_step, self.order) + [0.0] * (len(steps) - len(used))
+
+
+@dataclass(frozen=True)
+class Orders(Forecast):
+    """A forecast whose order was chosen for every step: 0 holds the last output.
+
+    Args:
+        orders: one for every step of the run; those of computed steps are not read.
+    """
+
+    orders: tuple[int, ...] = (0,)
+
+    name = "orders"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ints("orders", self.orders, 0)
+
+    @property
+    def depth(self) -> int:
+        return max(self.orders) + 1
+
+    def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
+        """Raises a ValueError for a step beyond the orders."""
+        if at_step >= len(self.orders):
+            raise ValueError(f"orders are for {len(self.orders)} steps, but this run has step {at_step}")
+        return coefficients(steps, at_step, self.orders[at_step])

@@ -7,13 +7,14 @@ the last two computed steps (their features are what fills go on from), so these
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ..parts import check_choice, show
 
-OBJECTIVES = {"sum": np.add, "max": np.maximum}
+Objective = Literal["sum", "max", "coherent"]
+OBJECTIVES: dict[str, Any] = {"sum": np.add, "max": np.maximum, "coherent": np.add}
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,15 @@ class Paths:
         return tuple(reversed(found))
 
 
-def cheapest(costs: np.ndarray, objective: Literal["sum", "max"] = "sum") -> Paths:
+def cheapest(costs: np.ndarray, objective: Objective = "sum") -> Paths:
     """The cheapest path of every budget; step 0 is always computed.
 
     Args:
         costs: [T, T, T + 1], costs[k, a, p] of filling step k from the computed steps a and p, p < a < k; p = T stands
             for none, where a is the first. Not negative; inf for what must not be. Other entries are not read.
-        objective: of the costs of all filled steps, the sum or the largest.
+        objective: of the costs of all filled steps, the "sum" or the largest ("max"). Or "coherent", for costs that are
+            squares of errors: between two computed steps errors point into one direction and are added before they are
+            squared, and these squares are summed.
 
     Raises:
         ValueError: costs of another shape, or negative or undefined ones.
@@ -71,7 +74,11 @@ def cheapest(costs: np.ndarray, objective: Literal["sum", "max"] = "sum") -> Pat
     join = OBJECTIVES[objective]
     # edges[n, a, p]: from a to n, all steps between them filled
     edges = np.full((steps + 1, steps, steps + 1), np.inf)
-    edges[1:] = join.accumulate(np.where(k > a, np.where(read, costs, np.inf), 0.0), axis=0)
+    filled = np.where(k > a, np.where(read, costs, np.inf), 0.0)
+    if objective == "coherent":
+        edges[1:] = join.accumulate(np.sqrt(filled), axis=0) ** 2
+    else:
+        edges[1:] = join.accumulate(filled, axis=0)
     n = np.arange(steps + 1)
     edges[n[:, None] <= n[:-1]] = np.inf
     totals = np.full(steps + 1, np.inf)

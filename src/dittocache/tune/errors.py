@@ -1,0 +1,294 @@
+"""What it costs to fill whole steps: measured on uncached runs, and weighted by what the sampler makes of it.
+
+Caching does not add up module by module, so all modules of a step are filled together. For every step k, computed
+steps a and p before it and every order of the forecast, the error of the prediction is measured on the uncached
+trajectory; an error of the prediction at step k is carried into the picture by a factor that is measured as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import clock
+from ..cache import enable
+from ..calibrate.setup import Setup, check_uncached, denoiser, draw
+from ..fill import Forecast
+from ..fill.taylor import coefficients
+from ..hooks import Call, captured
+from ..parts import check_int
+from ..recipe import Recipe
+from ..when import ReuseSteps
+
+LAGS, GAPS, ORDERS = 12, (1, 2, 3, 4, 6, 8, 12), (0, 1)
+Progress = Callable[[int, int, str], None]
+
+
+class Trial(NamedTuple):
+    """A step that is filled in a replay: k from the computed steps a and p (None: a alone), at this order."""
+
+    k: int
+    a: int
+    p: int | None
+    order: int
+
+
+@dataclass(frozen=True)
+class Replayed(Forecast):
+    """Fills step after step of a replay: every computed output is kept as long as one of the trials asks for it.
+
+    Args:
+        trials: (k, a, p, order) by step of the replay; (k, k, -1, 0) where k itself is computed.
+        kept: how many outputs.
+    """
+
+    trials: tuple[tuple[int, int, int, int], ...] = ()
+    kept: int = 1
+
+    name = "replayed"
+
+    @property
+    def depth(self) -> int:
+        return self.kept
+
+    def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
+        k, a, p, order = self.trials[at_step]
+        original = [self.trials[step][0] for step in steps]
+        history = [a] if p < 0 else [a, p]
+        factors = dict(zip(history, coefficients(history, k, order), strict=True))
+        return [factors.get(step, 0.0) for step in original]
+
+
+@dataclass
+class Step:
+    """One step of an uncached run: the network's calls, and what the scheduler was handed."""
+
+    calls: list[Call]
+    prediction: Tensor
+
+
+@dataclass
+class _Observer:
+    """A clock that notes every step."""
+
+    calls: list[Call] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    seen: int = 0
+
+    def on_begin(self, scheduler: Any) -> None:
+        self.steps, self.seen = [], len(self.calls)
+
+    def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
+
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        self.steps.append(Step(self.calls[self.seen :], prediction.detach().clone()))
+        self.seen = len(self.calls)
+        return prediction
+
+    def on_step(self, scheduler: Any) -> None: ...
+
+
+class _Pusher(_Observer):
+    """Row n of the batch goes on at step `at[n]` with the prediction of the step before."""
+
+    def __init__(self, at: Sequence[int]) -> None:
+        super().__init__()
+        self.at = at
+        self.pushed = torch.zeros(len(at), dtype=torch.float64)  # squared change of every row's prediction
+
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        super().on_prediction(scheduler, prediction, timestep, sample)
+        step = len(self.steps) - 1
+        rows = [n for n, k in enumerate(self.at) if k == step]
+        changed = prediction.clone()
+        changed[rows] = self.steps[step - 1].prediction[rows]
+        self.pushed[rows] = (changed - prediction)[rows].flatten(1).double().square().sum(1).cpu()
+        return changed
+
+
+@contextlib.contextmanager
+def observed(pipe: Any, observer: _Observer) -> Iterator[_Observer]:
+    """An observer hears of the steps of the pipeline's scheduler within."""
+    clock.watch_scheduler(pipe.scheduler, observer)
+    try:
+        yield observer
+    finally:
+        clock.unwatch(pipe.scheduler, observer)
+
+
+@dataclass(frozen=True)
+class StepErrors:
+    """Squared errors that filling whole steps makes in the final picture: sums over its values, means over samples.
+
+    Attributes:
+        costs: [T, T, T + 1] as `cheapest` takes them, of the best order; inf where nothing was measured.
+        orders: [T, T, T + 1] that order.
+        weights: [T] squared error of the picture by squared error of a step's prediction.
+    """
+
+    costs: np.ndarray
+    orders: np.ndarray
+    weights: np.ndarray
+
+
+def trials_of(steps: int, lags: int = LAGS, gaps: Sequence[int] = GAPS) -> list[Trial]:
+    """Everything that is measured of a run, in the order of the steps."""
+    found = []
+    for k in range(1, steps):
+        for a in range(max(0, k - lags), k):
+            found.append(Trial(k, a, None, 0))
+            found += [Trial(k, a, a - gap, order) for gap in gaps if gap <= a for order in ORDERS if order]
+    return found
+
+
+def measure(
+    pipe: Any,
+    setup: Setup,
+    samples: Sequence[int],
+    *,
+    batch: int = 4,
+    lags: int = LAGS,
+    gaps: Sequence[int] = GAPS,
+    progress: Progress | None = None,
+) -> StepErrors:
+    """Measures the errors of filling whole steps.
+
+    Args:
+        pipe: a pipeline without a cache.
+        setup: how the samples are drawn.
+        samples: their numbers.
+        batch: how many at once.
+        lags: the longest stretch of filled steps.
+        gaps: between the last two computed steps; others count as the nearest of these.
+        progress: called as progress(samples done, samples in all, what).
+
+    Raises:
+        ValueError: a cache is on, no samples, or the prediction is no sum of what the network returns.
+    """
+    check_uncached(pipe)
+    check_int("lags", lags, 1)
+    if not samples:
+        raise ValueError("samples are one or more numbers; got none")
+    trials = trials_of(setup.num_steps, lags, gaps)
+    errors = np.zeros(len(trials))
+    for n in range(0, len(samples), batch):
+        part = samples[n : n + batch]
+        errors += np.array(_replay(pipe, setup, part, trials, lags + max(gaps) + 1))
+        if progress:
+            progress(min(n + batch, len(samples)), len(samples), "filling steps")
+    carried = weights(pipe, setup, samples, batch=4 * batch)
+    return _table(setup.num_steps, trials, errors / len(samples), carried, gaps)
+
+
+def _replay(pipe: Any, setup: Setup, samples: Sequence[int], trials: Sequence[Trial], kept: int) -> list[float]:
+    """Squared errors of the prediction, summed over values and samples, for every trial."""
+    network = denoiser(pipe)
+    with captured(network) as calls, observed(pipe, _Observer(calls)) as observer:
+        draw(pipe, setup, samples)
+        steps = observer.steps
+    sequence: list[tuple[int, int, int, int]] = []
+    by_step: dict[int, list[Trial]] = {}
+    for trial in trials:
+        by_step.setdefault(trial.k, []).append(trial)
+    for k in range(len(steps)):
+        sequence += [(t.k, t.a, -1 if t.p is None else t.p, t.order) for t in by_step.get(k, ())] + [(k, k, -1, 0)]
+    filled = tuple(n for n, (k, a, _, _) in enumerate(sequence) if a < k)
+    recipe = Recipe(ReuseSteps(filled), fill=Replayed(tuple(sequence), kept), method="none")
+    errors = []
+    with torch.no_grad(), enable(network, recipe) as cache, cache.run(len(sequence)):
+        for n, (k, a, _, _) in enumerate(sequence):
+            cache.step(n)
+            outputs = [_first(network(*call.args, **call.kwargs)) for call in steps[k].calls]
+            if a < k:
+                wanted = steps[k].prediction
+                mixed = guided(outputs, mixing([call.output for call in steps[k].calls], wanted), wanted)
+                errors.append(float((mixed - wanted).double().square().sum()))
+    return errors
+
+
+def mixing(outputs: Sequence[Tensor], prediction: Tensor) -> Tensor:
+    """How a pipeline mixes what its network returned into a prediction: one factor for every branch of guidance.
+
+    Args:
+        outputs: of every call of a step, [rows, channels, ...]; rows of batched branches one after another.
+        prediction: [samples, channels, ...], of the first of these channels or all.
+
+    Raises:
+        ValueError: it is no such sum.
+    """
+    branches = _branches(outputs, prediction).flatten(1).double()
+    wanted = prediction.flatten().double()
+    factors = torch.linalg.lstsq(branches.T, wanted.unsqueeze(1)).solution.squeeze(1)
+    rest = (branches.T @ factors - wanted).norm() / wanted.norm()
+    if not rest < 1e-3:
+        raise ValueError(
+            f"the prediction is no sum of the network's outputs ({100 * float(rest):.1f} % are left): guidance that "
+            "rescales cannot be tuned"
+        )
+    return factors
+
+
+def guided(outputs: Sequence[Tensor], factors: Tensor, like: Tensor) -> Tensor:
+    """The prediction, from outputs and `mixing`."""
+    branches = _branches(outputs, like)
+    return torch.tensordot(factors.to(branches), branches, dims=1)
+
+
+def _branches(outputs: Sequence[Tensor], like: Tensor) -> Tensor:
+    """[branches, samples, ...]: the channels that the prediction has."""
+    rows = torch.cat(list(outputs))
+    if rows.ndim != like.ndim or len(rows) % len(like):
+        raise ValueError(f"the network returns {list(rows.shape)}, but the scheduler is handed {list(like.shape)}")
+    return rows[:, : like.shape[1]].unflatten(0, (-1, len(like)))
+
+
+def weights(pipe: Any, setup: Setup, samples: Sequence[int], batch: int = 16) -> np.ndarray:
+    """[T] squared error of the picture by squared error of the prediction at a step, all later steps computed.
+
+    Networks mend some errors and magnify others, so the error is one that filling makes: the prediction is that of the
+    step before. Every row of a batch is pushed at another step; two samples for each. Step 0 is never filled.
+    """
+    steps = setup.num_steps
+    jobs = [(k, samples[n % len(samples)]) for n in range(2) for k in range(1, steps)]
+    found = np.zeros(steps)
+    for start in range(0, len(jobs), batch):
+        part = jobs[start : start + batch]
+        numbers = [sample for _, sample in part]
+        pusher = _Pusher([k for k, _ in part])
+        plain = _pictures(pipe, setup, numbers)
+        with observed(pipe, pusher):
+            moved = _pictures(pipe, setup, numbers)
+        ratios = (moved - plain).flatten(1).square().sum(1) / pusher.pushed
+        for (k, _), ratio in zip(part, ratios.tolist(), strict=True):
+            found[k] += ratio / 2
+    return found
+
+
+def _pictures(pipe: Any, setup: Setup, samples: Sequence[int]) -> Tensor:
+    return torch.as_tensor(draw(pipe, setup, samples)).cpu().double()
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _table(
+    steps: int, trials: Sequence[Trial], errors: np.ndarray, carried: np.ndarray, gaps: Sequence[int]
+) -> StepErrors:
+    """The errors as `cheapest` takes them: the best order; gaps that were not measured count as the nearest."""
+    measured = np.full((steps, steps, steps + 1, len(ORDERS)), np.inf)
+    for (k, a, p, order), error in zip(trials, errors, strict=True):
+        before = slice(None) if p is None else p
+        measured[k, a, before, ORDERS.index(order)] = carried[k] * error
+    for a in range(steps):
+        for p in range(a):
+            there = [gap for gap in gaps if gap <= a]
+            nearest = min(there, key=lambda gap: abs(np.log(gap / (a - p))))
+            measured[:, a, p, 1:] = measured[:, a, a - nearest, 1:]
+    return StepErrors(measured.min(3), np.array(ORDERS)[measured.argmin(3)], carried)

@@ -1,0 +1,160 @@
+"""Errors of whole steps, and plans made of them, on tiny pipelines."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import dittocache
+from dittocache import Recipe
+from dittocache.calibrate import Setup
+from dittocache.calibrate.trial import Trial
+from dittocache.fill import Entry, Orders
+from dittocache.tune import StepErrors, candidates, cheapest, loss, measure, planned, search, solve
+from dittocache.tune.errors import _Observer, draw, guided, mixing, observed
+from dittocache.when import ReuseSteps
+
+STEPS = 6
+SETUP = Setup(num_steps=STEPS, guidance_scale=1.5, seed=3, conditions=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    made = tiny.pipeline()
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def errors(pipe) -> StepErrors:
+    return measure(pipe, SETUP, [0, 1, 2], batch=2, lags=3, gaps=(1, 2))
+
+
+def prediction_error(pipe, recipe: Recipe, k: int) -> float:
+    """Mean over three samples of the squared error of the prediction at step k, with a recipe on."""
+
+    def predictions() -> torch.Tensor:
+        with observed(pipe, _Observer()) as seen:
+            draw(pipe, SETUP, [0, 1, 2])
+        return seen.steps[k].prediction.double()
+
+    plain = predictions()
+    with dittocache.enable(pipe, recipe):
+        return float((predictions() - plain).square().sum() / 3)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("k", [2, 4])
+def test_an_error_is_that_of_a_run_that_fills_this_step(pipe, errors, k, order):
+    """Up to step k such a run is the uncached one."""
+    found = prediction_error(pipe, Recipe(ReuseSteps((k,)), fill=Orders((order,) * STEPS)), k)
+    other = prediction_error(pipe, Recipe(ReuseSteps((k,)), fill=Orders((1 - order,) * STEPS)), k)
+    assert found != pytest.approx(other, rel=1e-3)
+    better = min((found, order), (other, 1 - order))
+    assert errors.costs[k, k - 1, k - 2] == pytest.approx(errors.weights[k] * better[0], rel=1e-4)
+    assert errors.orders[k, k - 1, k - 2] == better[1]
+
+
+def test_what_was_not_measured(errors):
+    assert errors.weights[0] == 0 and (errors.weights[1:] > 0).all()
+    assert np.isinf(errors.costs[5, 1]).all(), "longer than the longest stretch"
+    assert errors.costs[1, 0, STEPS] > 0 and errors.orders[1, 0, STEPS] == 0, "nothing to forecast from yet"
+    assert np.array_equal(errors.costs[5, 4, 1], errors.costs[5, 4, 2]), "a gap of 3 counts as one of 2"
+
+
+def test_batches_do_not_matter(pipe, errors):
+    again = measure(pipe, SETUP, [0, 1, 2], batch=3, lags=3, gaps=(1, 2))
+    assert np.allclose(again.costs, errors.costs, rtol=1e-3)
+
+
+def test_nothing_is_left_on_the_pipeline(pipe, errors):
+    assert not tiny.traces_of_cache(pipe.transformer)
+    assert type(pipe.scheduler).__module__.startswith("diffusers")
+
+
+def test_a_solved_plan_fills_with_the_orders_that_were_measured(pipe, errors):
+    recipe = solve(errors, 4)
+    computed = [k for k in range(STEPS) if k not in recipe.when.steps]
+    assert len(computed) <= 4 and computed[0] == 0
+    for k in recipe.when.steps:
+        a, p = ([STEPS, *(c for c in computed if c < k)])[-1:-3:-1]
+        assert recipe.fill.orders[k] == errors.orders[k, a, p]
+    every = [(0, *rest) for rest in ((1, 2, 3), (1, 2, 4), (1, 3, 5), (2, 3, 5), (1, 2, 5), (2, 4, 5), (1, 3, 4))]
+    sums = cheapest(errors.costs).steps(4)
+    assert loss(errors, sums) <= min(loss(errors, steps) for steps in every) * (1 + 1e-9)
+    with dittocache.enable(pipe, recipe) as cache:
+        draw(pipe, SETUP, [0])
+        assert cache.trace.table.mean(1).tolist() == [float(k in computed) for k in range(STEPS)]
+
+
+def test_candidates(errors):
+    found = candidates(errors, 3)
+    assert (0, 2, 4) in found, "even steps"
+    assert len(set(found)) == len(found) and all(len(one) <= 3 and one[0] == 0 for one in found)
+    assert cheapest(errors.costs, "coherent").steps(3) in found
+
+
+def test_the_search_only_gets_better_and_stops(pipe, errors):
+    trial = Trial(pipe, Setup(num_steps=STEPS, seed=9, conditions=(1, 2)), range(2))
+    starts, seen = candidates(errors, 3), []
+    recipe, error = search(trial, errors, 3, tries=12, tried=lambda count, best: seen.append((count, best)))
+    assert error == trial.error(recipe) <= min(trial.error(planned(errors, start)) for start in starts)
+    assert len(recipe.when.steps) >= STEPS - 3 and 0 not in recipe.when.steps
+    assert [count for count, _ in seen] == list(range(1, len(seen) + 1)) and len(seen) <= 12
+    assert all(b <= a for (_, a), (_, b) in itertools.pairwise(seen))
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+def test_mixing_finds_how_guidance_was_done():
+    generator = torch.Generator().manual_seed(0)
+    outputs = [torch.randn(4, 6, 5, generator=generator), torch.randn(2, 6, 5, generator=generator)]
+    first, second, third = outputs[0][:2, :3], outputs[0][2:, :3], outputs[1][:, :3]
+    prediction = 2.5 * first - 1.0 * second - 0.5 * third
+    factors = mixing(outputs, prediction)
+    assert torch.allclose(factors, torch.tensor([2.5, -1.0, -0.5], dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(guided(outputs, factors, prediction), prediction, atol=1e-5)
+    with pytest.raises(ValueError, match=r"no sum of the network's outputs \(\d+\.\d % are left\)"):
+        mixing(outputs, prediction.abs())
+    with pytest.raises(ValueError, match=r"the network returns \[6, 6, 5\], but the scheduler is handed \[4, 3, 5\]"):
+        mixing(outputs, torch.ones(4, 3, 5))
+
+
+def test_orders():
+    fill = Orders((0, 0, 1, 0, 2))
+    assert fill.depth == 3
+    assert fill.factors([1, 0], 2) == [2, -1] and fill.factors([1, 0], 3) == [1, 0]
+    assert fill.factors([3, 2, 1], 4) == [2.5, -2, 0.5], "as TaylorSeer's series"
+    with pytest.raises(ValueError, match="orders are for 5 steps, but this run has step 5"):
+        fill.factors([1], 5)
+    with pytest.raises(ValueError, match="every entry of orders must be a whole number, 0 or more; got -1"):
+        Orders((-1,))
+    assert Recipe.from_dict(Recipe(ReuseSteps((2,)), fill=fill).to_dict()).fill == fill
+    assert not Orders((1,)).ready(Entry())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples": []}, "samples are one or more numbers; got none"),
+        ({"samples": [0], "lags": 0}, "lags must be a whole number, 1 or more; got 0"),
+    ],
+)
+def test_what_cannot_be_measured(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        measure(pipe, SETUP, **arguments)
+
+
+def test_no_errors_of_a_cached_pipeline(pipe):
+    with dittocache.enable(pipe, "fora"), pytest.raises(ValueError, match="a cache is on"):
+        measure(pipe, SETUP, [0])
+
+
+def test_budgets_out_of_reach(errors):
+    with pytest.raises(ValueError, match="no plan computes 1 steps: at least 2 of them are needed"):
+        solve(errors, 1)
+    with pytest.raises(ValueError, match="budget must be a whole number, 1 or more; got 0"):
+        solve(errors, 0)
