@@ -26,7 +26,7 @@ def benchmarks(monkeypatch):
         yield
     torch.set_num_threads(threads)
     logging.getLogger("diffusers").setLevel(level)
-    for name in ("speed", "per_block_kind", "claims", "l2c_router", "emoji"):
+    for name in ("speed", "per_block_kind", "claims", "l2c_router", "emoji", "plans"):
         sys.modules.pop(name, None)
 
 
@@ -152,3 +152,15 @@ def test_emoji(benchmarks, tmp_path):
     assert all(len(row["seconds"]) == 2 for row in rows.values())
     with pytest.raises(SystemExit):
         emoji.main([*args, "--only", "uncached", "nope"])
+
+
+@pytest.mark.slow
+def test_plans(benchmarks, tmp_path):
+    import plans
+
+    out = tmp_path / "plans.json"
+    sizes = ["--steps", "8", "--samples", "2", "--trial", "2", "--held-out", "3", "--tries", "7"]
+    plans.main([*sizes, "--budgets", "4", "--out", str(out)])
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["psnr_db"]
+    assert row["budget"] == 4 and len(row["computed"]) <= 4 and row["computed"][0] == 0
+    assert all(np.isfinite(row[name]) for name in ("fewer steps", "TaylorSeer, order 1", "path", "search"))
