@@ -15,7 +15,7 @@ from dittocache.calibrate import Setup
 from dittocache.calibrate.trial import Trial
 from dittocache.fill import Entry, Orders
 from dittocache.tune import StepErrors, candidates, cheapest, loss, measure, planned, search, solve
-from dittocache.tune.errors import _Observer, draw, guided, mixing, observed
+from dittocache.tune.errors import _Observer, _table, draw, fillings_of, guided, mixing, observed
 from dittocache.when import ReuseSteps
 
 STEPS = 6
@@ -63,7 +63,37 @@ def test_what_was_not_measured(errors):
     assert errors.weights[0] == 0 and (errors.weights[1:] > 0).all()
     assert np.isinf(errors.costs[5, 1]).all(), "longer than the longest stretch"
     assert errors.costs[1, 0, STEPS] > 0 and errors.orders[1, 0, STEPS] == 0, "nothing to forecast from yet"
-    assert np.array_equal(errors.costs[5, 4, 1], errors.costs[5, 4, 2]), "a gap of 3 counts as one of 2"
+
+
+def test_a_gap_that_was_not_measured_counts_as_the_nearest():
+    """Here forecasts are better, the more so the wider the gap."""
+    fillings = fillings_of(8, 2, (1, 3))
+    costs = np.array([1.0 if p is None else 0.5 / (a - p) for _, a, p, _ in fillings])
+    found = _table(8, fillings, costs, np.ones(8), (1, 3))
+    assert found.costs[6, 5, :5].tolist() == [0.5 / gap for gap in (3, 3, 3, 3, 1)]
+    assert found.costs[6, 5, 8] == 1 and found.orders[6, 5].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_weight_is_what_the_prediction_before_makes_of_the_picture(pipe, errors, k, monkeypatch):
+    """Two samples one by one, with the scheduler's own step replaced."""
+    ratios = []
+    for sample in (0, 1):
+        seen: list[torch.Tensor] = []
+        with observed(pipe, _Observer()) as uncached:
+            plain = draw(pipe, SETUP, [sample]).double()
+        change = uncached.steps[k - 1].prediction - uncached.steps[k].prediction
+        step = type(pipe.scheduler).step
+
+        def moved(self, prediction, *args, seen=seen, change=change, step=step, **kwargs):
+            seen.append(prediction)
+            return step(self, prediction + change if len(seen) == k + 1 else prediction, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(pipe.scheduler), "step", moved)
+            picture = draw(pipe, SETUP, [sample]).double()
+        ratios.append(float((picture - plain).square().sum() / change.double().square().sum()))
+    assert errors.weights[k] == pytest.approx(sum(ratios) / 2, rel=1e-3)
 
 
 def test_batches_do_not_matter(pipe, errors):

@@ -446,11 +446,9 @@ def wanted(recipe: Recipe, description: Description) -> list[int]:
         chosen = {site.order for site in columns if recipe.which.selects(site)}
         if not chosen:
             joined = any(site.kind == "fused" and site.tokenwise for site in columns)
-            why = (
-                "select_text=True lets it choose in blocks that hold image and text as one"
-                if joined
-                else ("they do not lie as [batch, tokens, channels], or the image's cannot be told from the text's")
-            )
+            why = "they do not lie as [batch, tokens, channels], or the image's cannot be told from the text's"
+            if joined:
+                why = "select_text=True lets it choose in blocks that hold image and text as one"
             raise ValueError(f"{description.model} has no token-wise feed-forward to compute some tokens of: {why}")
         scored_by = (recipe.which.scored_by, "fused") if recipe.which.observes else ()
         if scored_by and not chosen & {site.order for site in columns if site.kind in scored_by}:

@@ -265,7 +265,7 @@ def sample(
     import torch
     from PIL import Image
 
-    from . import enable
+    from . import bundled, enable
     from .evaluate.console import progress_bar
     from .evaluate.page import sheet
 
@@ -278,7 +278,8 @@ def sample(
             raise ValueError(f"{out.name!r} does not end like a picture's file: use .png")
         if plan_out is not None and method is None:
             raise ValueError("--plan-out needs --method: without caching everything is computed")
-        pipe = _load(device, _bundled(model))
+        bundled.folder(model)  # refuses what is none
+        pipe = _load(device, model)
         asked = _asked(pipe, labels)
         cache = enable(pipe, method, **params) if method else None
         steps = steps or (len(cache.recipe.made_for.get("timesteps", ())) if cache else 0) or 50
@@ -733,13 +734,6 @@ def _fit_threads(pipe: Any, conditions: Any) -> None:
             break
         best, threads = seconds, 2 * threads
     torch.set_num_threads(max(1, threads // 2))
-
-
-def _bundled(model: str) -> str:
-    from . import bundled
-
-    bundled.folder(model)  # refuses what is none
-    return model
 
 
 def _asked(pipe: Any, labels: str | None) -> Any:

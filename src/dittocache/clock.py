@@ -58,8 +58,7 @@ def watch_call(pipeline: Any, listener: Any) -> None:
 def watch_network(module: Any, listener: Any, opaque: bool = False) -> None:
     """Like `watch_module`; `listener.on_context(name)` surrounds the module's `cache_context`, with which diffusers'
     pipelines name guidance branches."""
-    call = _opaque_call if opaque else _module_call
-    _watch(module, listener, {"__call__": call, "forward": _Forward, "cache_context": _cache_context})
+    _watch(module, listener, {**_calls(opaque), "cache_context": _cache_context})
 
 
 def watch_module(module: Any, listener: Any, opaque: bool = False) -> None:
@@ -69,7 +68,11 @@ def watch_module(module: Any, listener: Any, opaque: bool = False) -> None:
     Inside of the module's own hooks, and outside of its forward, whoever has wrapped that or will. If `opaque`,
     compilers do not look inside, and if the module was compiled, the original is not.
     """
-    _watch(module, listener, {"__call__": _opaque_call if opaque else _module_call, "forward": _Forward})
+    _watch(module, listener, _calls(opaque))
+
+
+def _calls(opaque: bool) -> dict[str, Callable[[Any], Any]]:
+    return {"__call__": _opaque_call if opaque else _module_call, "forward": _Forward}
 
 
 def unwatch(target: Any, listener: Any) -> None:

@@ -150,7 +150,7 @@ class Forward:
         """A block: passed by with the span that it belongs to, or run."""
         before = self.flops()
         self.signature = _signature(args, kwargs)
-        if self.selection is not None:
+        if self.selection is not None and block.family.text is not None:
             self.lengths = _lengths(block.module, args, kwargs)
         spans = tuple(j for j in block.spans if self.row[j] is not None)
         if not spans:

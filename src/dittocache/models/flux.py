@@ -45,6 +45,12 @@ def fused_gate(block: Any, temb: Tensor) -> Tensor:
     return gate
 
 
+def gated(gate: Tensor, feature: Tensor, first: Tensor, second: Tensor) -> Streams:
+    """Two streams [batch, tokens, channels] plus their parts of a gated feature of both, one after the other."""
+    parts = feature.split([first.shape[1], second.shape[1]], dim=1)
+    return torch.addcmul(first, gate, parts[0]), torch.addcmul(second, gate, parts[1])
+
+
 def reuse_single(
     block: Any,
     features: dict[str, tuple[Tensor, ...]],
@@ -57,13 +63,7 @@ def reuse_single(
     """A single-stream block from the kept output of its last projection; text comes before image."""
     if hidden_states.dtype == torch.float16:
         return NotImplemented
-    gate = fused_gate(block, temb)
-    (feature,) = features["proj_out"]
-    text = encoder_hidden_states.shape[1]
-    return (
-        torch.addcmul(encoder_hidden_states, gate, feature[:, :text]),
-        torch.addcmul(hidden_states, gate, feature[:, text:]),
-    )
+    return gated(fused_gate(block, temb), features["proj_out"][0], encoder_hidden_states, hidden_states)
 
 
 def reuse_joined(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..describe import Family, register_family
-from .flux import MUTES, fused_gate
+from .flux import MUTES, fused_gate, gated
 
 
 def reuse_single(
@@ -21,13 +20,7 @@ def reuse_single(
     **extras: Any,
 ) -> tuple[Tensor, Tensor]:
     """A single-stream block from the kept output of its last projection; streams are [batch, tokens, channels]."""
-    gate = fused_gate(block, temb)
-    (feature,) = features["proj_out"]
-    image = hidden_states.shape[1]
-    return (
-        torch.addcmul(hidden_states, gate, feature[:, :image]),
-        torch.addcmul(encoder_hidden_states, gate, feature[:, image:]),
-    )
+    return gated(fused_gate(block, temb), features["proj_out"][0], hidden_states, encoder_hidden_states)
 
 
 register_family(

@@ -30,8 +30,8 @@ LAGS, GAPS, ORDERS = 12, (1, 2, 3, 4, 6, 8, 12), (0, 1)
 Progress = Callable[[int, int, str], None]
 
 
-class Trial(NamedTuple):
-    """A step that is filled in a replay: k from the computed steps a and p (None: a alone), at this order."""
+class Filling(NamedTuple):
+    """A step of a replay: k filled from the computed steps a and p (None: a alone) at this order; a = k: computed."""
 
     k: int
     a: int
@@ -41,14 +41,14 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Replayed(Forecast):
-    """Fills step after step of a replay: every computed output is kept as long as one of the trials asks for it.
+    """Fills step after step of a replay: every computed output is kept as long as it may be asked for.
 
     Args:
-        trials: (k, a, p, order) by step of the replay; (k, k, -1, 0) where k itself is computed.
+        sequence: a `Filling` for every step of the replay.
         kept: how many outputs.
     """
 
-    trials: tuple[tuple[int, int, int, int], ...] = ()
+    sequence: tuple[tuple[int, int, int | None, int], ...] = ()
     kept: int = 1
 
     name = "replayed"
@@ -58,9 +58,9 @@ class Replayed(Forecast):
         return self.kept
 
     def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
-        k, a, p, order = self.trials[at_step]
-        original = [self.trials[step][0] for step in steps]
-        history = [a] if p < 0 else [a, p]
+        k, a, p, order = self.sequence[at_step]
+        original = [self.sequence[step][0] for step in steps]
+        history = [a] if p is None else [a, p]
         factors = dict(zip(history, coefficients(history, k, order), strict=True))
         return [factors.get(step, 0.0) for step in original]
 
@@ -137,13 +137,13 @@ class StepErrors:
     weights: np.ndarray
 
 
-def trials_of(steps: int, lags: int = LAGS, gaps: Sequence[int] = GAPS) -> list[Trial]:
+def fillings_of(steps: int, lags: int = LAGS, gaps: Sequence[int] = GAPS) -> list[Filling]:
     """Everything that is measured of a run, in the order of the steps."""
     found = []
     for k in range(1, steps):
         for a in range(max(0, k - lags), k):
-            found.append(Trial(k, a, None, 0))
-            found += [Trial(k, a, a - gap, order) for gap in gaps if gap <= a for order in ORDERS if order]
+            found.append(Filling(k, a, None, 0))
+            found += [Filling(k, a, a - gap, order) for gap in gaps if gap <= a for order in ORDERS if order]
     return found
 
 
@@ -175,30 +175,26 @@ def measure(
     check_int("lags", lags, 1)
     if not samples:
         raise ValueError("samples are one or more numbers; got none")
-    trials = trials_of(setup.num_steps, lags, gaps)
-    errors = np.zeros(len(trials))
+    fillings = fillings_of(setup.num_steps, lags, gaps)
+    errors = np.zeros(len(fillings))
     for n in range(0, len(samples), batch):
         part = samples[n : n + batch]
-        errors += np.array(_replay(pipe, setup, part, trials, lags + max(gaps) + 1))
+        errors += np.array(_replay(pipe, setup, part, fillings, lags + max(gaps) + 1))
         if progress:
             progress(min(n + batch, len(samples)), len(samples), "filling steps")
     carried = weights(pipe, setup, samples, batch=4 * batch)
-    return _table(setup.num_steps, trials, errors / len(samples), carried, gaps)
+    return _table(setup.num_steps, fillings, errors / len(samples), carried, gaps)
 
 
-def _replay(pipe: Any, setup: Setup, samples: Sequence[int], trials: Sequence[Trial], kept: int) -> list[float]:
-    """Squared errors of the prediction, summed over values and samples, for every trial."""
+def _replay(pipe: Any, setup: Setup, samples: Sequence[int], fillings: Sequence[Filling], kept: int) -> list[float]:
+    """Squared errors of the prediction, summed over values and samples, for every filling."""
     network = denoiser(pipe)
     with captured(network) as calls, observed(pipe, _Observer(calls)) as observer:
         draw(pipe, setup, samples)
         steps = observer.steps
-    sequence: list[tuple[int, int, int, int]] = []
-    by_step: dict[int, list[Trial]] = {}
-    for trial in trials:
-        by_step.setdefault(trial.k, []).append(trial)
-    for k in range(len(steps)):
-        sequence += [(t.k, t.a, -1 if t.p is None else t.p, t.order) for t in by_step.get(k, ())] + [(k, k, -1, 0)]
-    filled = tuple(n for n, (k, a, _, _) in enumerate(sequence) if a < k)
+    mixed = [mixing([call.output for call in step.calls], step.prediction) for step in steps]
+    sequence = sorted([*fillings, *(Filling(k, k, None, 0) for k in range(len(steps)))], key=lambda one: one.k)
+    filled = tuple(n for n, one in enumerate(sequence) if one.a < one.k)
     recipe = Recipe(ReuseSteps(filled), fill=Replayed(tuple(sequence), kept), method="none")
     errors = []
     with torch.no_grad(), enable(network, recipe) as cache, cache.run(len(sequence)):
@@ -207,8 +203,7 @@ def _replay(pipe: Any, setup: Setup, samples: Sequence[int], trials: Sequence[Tr
             outputs = [_first(network(*call.args, **call.kwargs)) for call in steps[k].calls]
             if a < k:
                 wanted = steps[k].prediction
-                mixed = guided(outputs, mixing([call.output for call in steps[k].calls], wanted), wanted)
-                errors.append(float((mixed - wanted).double().square().sum()))
+                errors.append(float((guided(outputs, mixed[k], wanted) - wanted).double().square().sum()))
     return errors
 
 
@@ -279,11 +274,11 @@ def _first(output: Any) -> Tensor:
 
 
 def _table(
-    steps: int, trials: Sequence[Trial], errors: np.ndarray, carried: np.ndarray, gaps: Sequence[int]
+    steps: int, fillings: Sequence[Filling], errors: np.ndarray, carried: np.ndarray, gaps: Sequence[int]
 ) -> StepErrors:
     """The errors as `cheapest` takes them: the best order; gaps that were not measured count as the nearest."""
     measured = np.full((steps, steps, steps + 1, len(ORDERS)), np.inf)
-    for (k, a, p, order), error in zip(trials, errors, strict=True):
+    for (k, a, p, order), error in zip(fillings, errors, strict=True):
         before = slice(None) if p is None else p
         measured[k, a, before, ORDERS.index(order)] = carried[k] * error
     for a in range(steps):

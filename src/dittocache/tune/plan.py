@@ -45,25 +45,26 @@ def solve(errors: StepErrors, budget: int, objective: Objective = "coherent", po
 
 def planned(errors: StepErrors, computed: Sequence[int]) -> Recipe:
     """The recipe that computes these steps, each other one filled by the order that was best for it."""
-    steps = len(errors.weights)
-    orders = [0] * steps
-    for k in range(steps):
-        before = [a for a in computed if a < k]
-        if k not in computed:
-            orders[k] = int(errors.orders[k, before[-1], before[-2] if len(before) > 1 else steps])
-    filled = tuple(k for k in range(steps) if k not in computed)
-    return Recipe(ReuseSteps(filled), fill=Orders(tuple(orders)))
+    filled = _filled(errors, computed)
+    orders = [0] * len(errors.weights)
+    for at in filled:
+        orders[at[0]] = int(errors.orders[at])
+    return Recipe(ReuseSteps(tuple(k for k, _, _ in filled)), fill=Orders(tuple(orders)))
 
 
 def loss(errors: StepErrors, computed: Sequence[int]) -> float:
     """Predicted squared error of the picture: the plain sum over the filled steps."""
-    steps = len(errors.weights)
-    total = 0.0
+    return float(sum(errors.costs[at] for at in _filled(errors, computed)))
+
+
+def _filled(errors: StepErrors, computed: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Every filled step with the last two computed ones before it, as `StepErrors` numbers them."""
+    steps, found = len(errors.weights), []
     for k in range(steps):
-        before = [a for a in computed if a < k]
         if k not in computed:
-            total += errors.costs[k, before[-1], before[-2] if len(before) > 1 else steps]
-    return float(total)
+            before = [a for a in computed if a < k]
+            found.append((k, before[-1], before[-2] if len(before) > 1 else steps))
+    return found
 
 
 def candidates(errors: StepErrors, budget: int) -> list[tuple[int, ...]]:

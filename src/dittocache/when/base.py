@@ -9,7 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from ..parts import Part
-from ..plan import COMPUTE, Site
+from ..plan import COMPUTE, REUSE, Site
+
+
+def columns(computed: np.ndarray, sites: Sequence[Site], otherwise: float = REUSE) -> np.ndarray:
+    """A table [steps, sites] of which all columns are alike: computed where the mask [steps] is True."""
+    return np.repeat(np.where(computed, COMPUTE, otherwise)[:, None], len(sites), axis=1)
 
 
 class Look(NamedTuple):

@@ -10,11 +10,7 @@ import numpy as np
 
 from ..parts import check_choice, check_int
 from ..plan import COMPUTE, PARTIAL, REUSE, Plan, Site, align
-from .base import When
-
-
-def _columns(computed: np.ndarray, sites: Sequence[Site], otherwise: float = REUSE) -> np.ndarray:
-    return np.repeat(np.where(computed, COMPUTE, otherwise)[:, None], len(sites), axis=1)
+from .base import When, columns
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Every(When):
     def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
         k = np.arange(num_steps)
         i = k if self.anchor == "start" else num_steps - 1 - k
-        return _columns((i % self.interval == 0) | (k == 0), sites)
+        return columns((i % self.interval == 0) | (k == 0), sites)
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class Counter(When):
     def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
         k = np.arange(num_steps)
         since = k - (self.first_full - 1)
-        return _columns((since <= 0) | (since % self.interval == 0), sites, otherwise=PARTIAL)
+        return columns((since <= 0) | (since % self.interval == 0), sites, otherwise=PARTIAL)
 
 
 @dataclass(frozen=True)

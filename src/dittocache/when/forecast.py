@@ -11,8 +11,7 @@ import numpy as np
 
 from ..parts import check_int, check_number, show
 from ..plan import COMPUTE, REUSE, Site
-from .base import When
-from .fixed import _columns as columns
+from .base import When, columns
 
 
 @dataclass(frozen=True)

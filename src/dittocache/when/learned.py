@@ -10,7 +10,7 @@ import numpy as np
 from ..parts import check_choice, check_int, check_ints, check_number, show
 from ..plan import COMPUTE, REUSE, Site
 from ..tensors import Tensors
-from .base import When
+from .base import When, columns
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ReuseSteps(When):
         """Raises a ValueError for a reused step beyond the run's last."""
         check_ints(f"reuse_steps in a run of {num_steps} steps", self.steps, 1, num_steps - 1)
         computed = ~np.isin(np.arange(num_steps), self.steps)
-        return np.repeat(np.where(computed, COMPUTE, REUSE)[:, None], len(sites), axis=1)
+        return columns(computed, sites)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..parts import check_int, check_number
-from ..plan import COMPUTE, REUSE, Site
-from .base import When
+from ..plan import Site
+from .base import When, columns
 
 DECREASE = 0.02  # of the power, when truncation makes two steps one
 
@@ -38,11 +38,11 @@ class PowerSteps(When):
 
     def table(self, num_steps: int, sites: Sequence[Site]) -> np.ndarray:
         """Raises a ValueError if no power spreads so many steps, or the centre lies beyond the run."""
-        table = np.full((num_steps, len(sites)), REUSE)
-        computed = math.ceil(num_steps / self.interval)
-        every = computed == num_steps
-        table[slice(None) if every else spread(num_steps, computed, self.power, self.center)[0]] = COMPUTE
-        return table
+        count = math.ceil(num_steps / self.interval)
+        computed = np.full(num_steps, count == num_steps)
+        if count < num_steps:
+            computed[spread(num_steps, count, self.power, self.center)[0]] = True
+        return columns(computed, sites)
 
 
 def spread(num_steps: int, computed: int, power: float, center: int | None) -> tuple[list[int], float]:
