@@ -1,11 +1,88 @@
-"""What a comparison says in one sentence: caching against the plain alternative, fewer steps in the same time."""
+"""What a comparison says: its measures, and caching against the plain alternative, fewer steps in the same time."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
-from .comparison import FEWER_STEPS, UNCACHED, Comparison, Result
+from .comparison import FEWER_STEPS, OPTIONAL, UNCACHED, Comparison, Result
+
+
+# ---- measures -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of a row's pictures.
+
+    Args:
+        name: in `Result.scores`, or a field of `Result`.
+        title: for people. unit: after a number.
+        lower: less is better.
+        digits: behind the point.
+        share: a share of one, written in per cent.
+        error: is zero for no error and may span magnitudes.
+    """
+
+    name: str
+    title: str
+    unit: str = ""
+    lower: bool = False
+    digits: int = 3
+    share: bool = False
+    error: bool = False
+
+    @property
+    def full_title(self) -> str:
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+    def text(self, value: float | None) -> str:
+        """A value without its unit; a dash where there is none."""
+        if value is None:
+            return "–"
+        if math.isinf(value):
+            return "∞" if value > 0 else "−∞"
+        if self.share:
+            return f"{100 * value:.0f} %"
+        small = self.error and 0 < abs(value) < 10**-self.digits
+        return (f"{value:.1e}" if small else f"{value:.{self.digits}f}").replace("-", "−")
+
+
+MEASURES = (
+    Measure("psnr", "PSNR", "dB", digits=1),
+    Measure("ssim", "SSIM", digits=4),
+    Measure("lpips", "LPIPS", lower=True, error=True),
+    Measure("latent error", "Latent error", lower=True, error=True),
+    Measure("frechet", "Fréchet distance", lower=True, digits=2, error=True),
+    Measure("fid", "FID", lower=True, digits=2, error=True),
+    Measure("sfid", "sFID", lower=True, digits=2, error=True),
+    Measure("inception score", "Inception score", digits=1),
+    Measure("precision", "Precision"),
+    Measure("recall", "Recall"),
+    Measure("accuracy", "Read as its label", share=True),
+    Measure("clip score", "CLIP score", digits=2),
+    Measure("image reward", "ImageReward"),
+)
+
+
+def measures(comparison: Comparison) -> list[Measure]:
+    """What was measured of the rows: the known measures in their order, then others by their name.
+
+    `provenance["measures"]` may tell more of the others: {name: {"title", "unit", "better": "higher" or "lower"}}.
+    """
+    rows = comparison.results
+    found = [name for name in OPTIONAL if any(row.score(name) for row in rows)]
+    found += [name for row in rows for name in row.scores]
+    known = {measure.name: measure for measure in MEASURES}
+    told = comparison.provenance.get("measures", {})
+    for name in found:
+        if name not in known:
+            more = told.get(name, {})
+            title, lower = str(more.get("title", name)), more.get("better") == "lower"
+            known[name] = Measure(name, title, str(more.get("unit", "")), lower)
+    return [measure for name, measure in known.items() if name in found]
+
+
+# ---- against fewer steps --------------------------------------------------------------------------------------------
 
 
 def caching_rows(comparison: Comparison) -> list[Result]:
@@ -63,6 +140,10 @@ def headline(comparison: Comparison) -> str:
     A gain counts only if it survives the row's lowest measured speed-up, a loss only if it survives the highest.
     """
     count, found = len(comparison.labels), best(comparison)
+    if not _fewer_steps(comparison):
+        fastest = max(comparison.results, key=lambda r: r.speedup)
+        there = "" if fastest.psnr is None else f", {fastest.psnr:.1f} dB from the originals"
+        return f"{count} pictures, drawn up to {fastest.speedup:.1f}× faster: {fastest.label}{there}."
     if found is None:
         return f"No caching row of these {count} pictures ran at a speed that fewer steps were measured at."
     row, decibels = found
