@@ -99,6 +99,8 @@ METHODS: dict[str, tuple[str, Parameters | Data]] = {
     "fbcache": ("fbcache", {"threshold": 0.2}),
     "dicache": ("dicache", {"threshold": 0.2}),
     "magcache": ("magcache", {"ratios": (1.0,) * STEPS}),
+    "dpcache": ("dpcache", {"full_steps": (0, 1, 2), "num_steps": STEPS}),
+    "lemica": ("lemica", {"full_steps": (0, 2, 4), "num_steps": STEPS}),
     "block-caching": ("block-caching", _changes),
     "deepcache": ("deepcache", {"interval": 2}),
 }

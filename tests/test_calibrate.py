@@ -41,7 +41,7 @@ from dittocache.cli import app
 
 SETUP = Setup(num_steps=5, guidance_scale=1.5, seed=50, conditions=(3, 7, 1))
 METHODS = ("eoc", "goc", "icc", "eb-cache")
-KNOWN = "block-caching, eb-cache, eoc, goc, icc, magcache, teacache"
+KNOWN = "block-caching, dpcache, eb-cache, eoc, goc, icc, lemica, magcache, teacache"
 MODULES = [f"transformer_blocks.{l}.{part}" for l in range(3) for part in ("attn1", "ff")]
 
 

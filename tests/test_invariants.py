@@ -32,6 +32,8 @@ METHODS = {
     "taylorseer": ("taylorseer", {}),
     "taylorseer-lite": ("taylorseer", {"lite": True, "order": 2, "interval": 3, "schedule": "diffusers"}),
     "magcache": ("magcache", tiny.data_for("magcache")),
+    "dpcache": ("dpcache", lambda model, steps: tiny.data_for("dpcache", model, steps)),
+    "lemica": ("lemica", lambda model, steps: tiny.data_for("lemica", model, steps)),
     "teacache": ("teacache", {"threshold": 2.0}),
     "fbcache": ("fbcache", {"threshold": 1.2}),
     "dicache": ("dicache", {"threshold": 2.0, "retention": 0.1}),
@@ -56,7 +58,7 @@ CORRECTED = {
     "eb-cache-mixed": ("eb-cache", lambda m, steps: {"table": ((0, 1, 2, 3) * 9)[:steps]}),
     "eb-cache-index": ("eb-cache", lambda m, steps: {"table": ((0, 1, 2, 3) * 9)[:steps], "table_order": "index"}),
 }
-TRAINED_FOR_STEPS = {"l2c", "l2c-outer", "goc-l2c", "eb-cache-mixed", "eb-cache-index"}
+TRAINED_FOR_STEPS = {"l2c", "l2c-outer", "goc-l2c", "eb-cache-mixed", "eb-cache-index", "dpcache", "lemica"}
 METHODS |= CORRECTED
 
 
@@ -69,7 +71,7 @@ SOME = [(m, name) for m in ("dit", "pixart", "flux") for name in ("fora", "toca-
 SOME += [("uvit", "fora"), ("uvit", "duca-random")]
 SOME += [(m, name) for m in ("dit", "flux", "uvit") for name in ("l2c", "eoc", "goc-computed-only", "icc", "eb-cache")]
 SOME += [("pixart", name) for name in ("goc", "icc", "eb-cache-mixed", "goc-l2c")]
-SOME += [(m, name) for m in ("dit", "flux", "uvit") for name in ("taylorseer", "magcache")]
+SOME += [(m, name) for m in ("dit", "flux", "uvit") for name in ("taylorseer", "magcache", "dpcache", "lemica")]
 SOME += [(m, name) for m in ("dit", "flux", "uvit") for name in ("teacache", "fbcache", "dicache")]
 STEPS = 10
 

@@ -149,7 +149,7 @@ def test_saved_and_loaded(name, tmp_path):
     assert same(Recipe.from_pretrained(str(tmp_path / "a" / "b")), r)
     again.save_pretrained(tmp_path / "c")
     assert Recipe.from_pretrained(tmp_path / "c") == again
-    assert {p.suffix for p in (tmp_path / "c").iterdir()} <= {".json", ".safetensors"}
+    assert {p.suffix for p in (tmp_path / "c").iterdir()} <= {".json", ".safetensors", ".md", ".png"}
 
 
 def test_shares_survive_files_exactly(tmp_path):

@@ -292,6 +292,8 @@ def data_for(method: str, model: nn.Module | None = None, steps: int = 8, scale:
         return {"changes": {name: torch.full((steps,), 0.3) for name in blocks}}
     if method == "magcache":
         return {"ratios": (1.0, 1.04, 0.97, 1.02, 0.96)}
+    if method in ("dpcache", "lemica"):
+        return {"full_steps": (0, 1, 2, 4), "num_steps": steps}
     if method == "icc":
         factors = {}
         for e in found.linears:

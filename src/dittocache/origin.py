@@ -11,6 +11,7 @@ from torch import nn
 from .parts import check_number, show
 
 SAMPLED = 64  # weights that stand for a model's; fine-tuning hardly turns this vector, another training does
+OTHER_STEPS = "calibrate or tune for these steps, or carry it over with dittocache.tune.resample"
 ALIKE = 0.9  # least cosine between the two
 
 
@@ -65,14 +66,14 @@ def check_run(wanted: Mapping[str, Any], num_steps: int, timesteps: Sequence[flo
     if theirs is None:
         return
     if num_steps != len(theirs):
-        raise ValueError(f"the recipe was made for {len(theirs)} steps, but this run has {num_steps}")
+        raise ValueError(f"the recipe was made for {len(theirs)} steps, but this run has {num_steps}: {OTHER_STEPS}")
     if timesteps is None or num_steps < 2:
         return
     apart = max(abs(float(a) - b) for a, b in zip(timesteps, theirs, strict=True))
     if apart > 0.5 * abs(theirs[0] - theirs[-1]) / (num_steps - 1):
         raise ValueError(
             f"the recipe was made for timesteps {show(theirs)}, which are up to {apart:g} away from this run's: use "
-            "the spacing that it was made with, or make it again"
+            f"the spacing that it was made with, or {OTHER_STEPS}"
         )
 
 

@@ -5,31 +5,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import json
 import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from . import __version__, origin
-from .fill import Fill, Hold
+from . import __version__, origin, saved
+from . import card as cards
+from .fill import Fill, Hold, Linear, Orders
 from .fix import Fix
-from .parts import Part, answers, check_bool, check_choice, check_int, check_ints, check_number, jsonable, plain, show
+from .parameters import Parameter, parameter
+from .parts import Part, answers, check_bool, check_choice, jsonable, plain, show
 from .plan import COMPUTE, REUSE, Plan
 from .tensors import Tensors
 from .when import Table, When
 from .which import Which
 
 FORMAT = "dittocache-recipe-1"
-FILE, ARRAYS = "recipe.json", "recipe.safetensors"
 WHERE = ("module", "attention", "feed-forward", "linear", "block", "stack", "tail", "model")
 SPANS = ("block", "stack", "tail")
 PARTS = ("when", "which", "fill", "fix")
@@ -110,6 +106,20 @@ class Recipe:
             if partial.any() and self.which is None:
                 raise ValueError("the plan computes some tokens only, so the recipe needs `which`, such as ValueNorm()")
 
+    @property
+    def num_steps(self) -> int | None:
+        """T of the runs that the recipe was made for; None if it does not say."""
+        setup = self.provenance.get("setup")
+        found = [
+            len(self.made_for.get("timesteps", ())),
+            len(self.when.plan.steps) if isinstance(self.when, Table) else None,
+            len(self.fill.orders) if isinstance(self.fill, Orders) else None,
+            len(self.fill.coefficients) if isinstance(self.fill, Linear) else None,
+            self.params.get("num_steps"),
+            setup.get("num_steps") if isinstance(setup, Mapping) else None,
+        ]
+        return next((steps for steps in found if isinstance(steps, int) and steps > 0), None)
+
     # ---- words ------------------------------------------------------------------------------------------------------
     def describe(self) -> str:
         """One line: the method and the parameters that differ from its defaults, or the parts."""
@@ -186,27 +196,53 @@ class Recipe:
         )
 
     def save_pretrained(
-        self, folder: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+        self,
+        folder: str | Path,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        *,
+        card: bool = True,
+        grid: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Writes the recipe into a folder (created if missing), and uploads it if asked to."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, torch.Tensor] = {}
-        data = self._laid_out(lambda name, part: _set_aside(part.fields(), name, arrays))
-        data["provenance"] = {**_versions(), **self.provenance}
-        if arrays:
-            save_file(arrays, folder / ARRAYS)
-        else:
-            (folder / ARRAYS).unlink(missing_ok=True)  # those of a recipe that was here before
-        (folder / FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        if push_to_hub:
-            from huggingface_hub import HfApi
+        """Writes the recipe into a folder (created if missing), and uploads it if asked to.
 
-            repo = HfApi().create_repo(repo_id or folder.name, exist_ok=True, **kwargs).repo_id
-            HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Add dittocache recipe")
+        Args:
+            folder: the recipe that is in it is replaced when all of the new files are complete.
+            push_to_hub: upload it.
+            repo_id: where to; by default the folder's name.
+            card: write a model card, README.md, too; one that was not written by dittocache is left alone.
+            grid: pictures for the card, in pairs, uncached and cached: uint8 [2 n, height, width, 1 or 3]; or the path
+                of a picture.
+            kwargs: for `huggingface_hub.create_repo` (private, token, ...).
+
+        Raises:
+            OSError: a file could not be written; then none was changed.
+            ValueError: a grid of another form, or without a card.
+            TypeError: keyword arguments without an upload.
+        """
+        check_bool("card", card)
+        if kwargs and not push_to_hub:
+            raise TypeError(f"{next(iter(kwargs))!r} is none of its arguments, and goes with push_to_hub=True only")
+        if grid is not None and not card:
+            raise ValueError("grid is a picture for the card, so it goes with card=True; got card=False")
+        folder, name = Path(folder), repo_id or Path(folder).resolve().name
+        made = dataclasses.replace(self, provenance={**_versions(), **self.provenance})
+        files = saved.encoded(made._laid_out)
+
+        def write(name: str) -> None:
+            of_card = cards.files(made, _methods.get(cards.method_of(made)), name, grid) if card else {}
+            saved.replace(folder, files | of_card)
+
+        write(name)
+        if push_to_hub:
+            repository = saved.repository(name, **kwargs)
+            if repository != name:  # now with its owner
+                write(repository)
+            saved.upload(folder, repository, kwargs.get("token"))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> None:
-        """Uploads the recipe to the Hub; keyword arguments go to `create_repo` (private, token, ...)."""
+        """Uploads the recipe and its card to the Hub; keyword arguments go to `save_pretrained`."""
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:
@@ -214,33 +250,12 @@ class Recipe:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> Recipe:
-        """Reads a saved recipe from a folder or the Hub; keyword arguments go to `hf_hub_download`.
+        """Reads a saved recipe from a folder or the Hub; keyword arguments go to `huggingface_hub.snapshot_download`.
 
         Raises:
             ValueError: nothing there, or a damaged or foreign file.
         """
-        folder = Path(name)
-        if not (folder / FILE).is_file():
-            if folder.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-                raise ValueError(f"no saved recipe at {str(name)!r}: {FILE} is missing")
-            from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-            try:
-                folder = Path(snapshot_download(str(name), allow_patterns=[FILE, ARRAYS], **kwargs))
-            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(
-                    f"no saved recipe at {str(name)!r}, neither a folder nor on the Hub: {reason}"
-                ) from None
-        try:
-            data = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            arrays = load_file(folder / ARRAYS) if (folder / ARRAYS).is_file() else {}
-            if isinstance(data, dict):
-                data |= {part: _put_back(data[part], arrays) for part in PARTS if part in data}
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError, OSError) as error:
-            raise ValueError(f"damaged recipe in {str(name)!r}: {show(error)}") from None
-        return cls.from_dict(data)
+        return cls.from_dict(saved.read(name, PARTS, **kwargs))
 
 
 def _held(recipe: Recipe, path: str) -> Tensors | None:
@@ -255,134 +270,7 @@ def _versions() -> dict[str, str]:
     return {"dittocache": __version__, "diffusers": diffusers.__version__, "torch": str(torch.__version__)}
 
 
-def _set_aside(value: Any, path: str, arrays: dict[str, torch.Tensor]) -> Any:
-    """JSON data without its tensors and tables of numbers: those go into `arrays`, under their dotted path."""
-    if isinstance(value, Tensors):
-        arrays |= {f"{path}:{name}": tensor for name, tensor in value.items()}
-        return {"tensors": path, "count": len(value)}
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    if isinstance(value, dict):
-        return {k: _set_aside(v, f"{path}.{k}" if path else k, arrays) for k, v in value.items()}
-    value = jsonable(value)
-    if isinstance(value, list) and value and all(isinstance(row, list) and row for row in value):
-        arrays[path] = torch.tensor(value, dtype=torch.float64)
-        return {"array": path}
-    return value
-
-
-def _put_back(value: Any, arrays: Mapping[str, torch.Tensor]) -> Any:
-    """Inverse of `_set_aside`."""
-    if isinstance(value, dict):
-        if set(value) == {"tensors", "count"}:
-            mine = f"{value['tensors']}:"
-            found = {name.removeprefix(mine): t for name, t in arrays.items() if name.startswith(mine)}
-            if len(found) != value["count"]:
-                raise ValueError(f"damaged recipe: tensors {show(value['tensors'])} are missing from {ARRAYS}")
-            return Tensors(found)
-        if set(value) == {"array"}:
-            if not isinstance(value["array"], str) or value["array"] not in arrays:
-                raise ValueError(f"damaged recipe: array {show(value['array'])} is missing from {ARRAYS}")
-            return arrays[value["array"]].tolist()
-        return {k: _put_back(v, arrays) for k, v in value.items()}
-    return value
-
-
 # ---- the registry of methods ----------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Int:
-    """Annotation of a whole-number parameter."""
-
-    low: int
-    high: int | None = None
-    help: str = ""
-
-
-@dataclass(frozen=True)
-class Number:
-    """Annotation of a real parameter."""
-
-    low: float
-    high: float = float("inf")
-    help: str = ""
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Annotation of a list of whole numbers, such as steps."""
-
-    low: int
-    high: int | None = None
-    help: str = ""
-
-
-@dataclass(frozen=True)
-class PerKind:
-    """Annotation of a number that may differ by kind of site or layer: {kind: number}, or one for all.
-
-    `kinds` are those that are known, any if empty; `every` of them must be given, and then one for all is refused.
-    """
-
-    each: Int | Number
-    kinds: tuple[str, ...] = ()
-    help: str = ""
-    every: bool = False
-
-    def check(self, name: str, value: Any) -> None:
-        if self.every and (not isinstance(value, Mapping) or set(value) != set(self.kinds)):
-            raise ValueError(f"{name} must be a number for each of {', '.join(self.kinds)}; got {show(value)}")
-        for kind, number in value.items() if isinstance(value, Mapping) else [(None, value)]:
-            if kind is not None and self.kinds:
-                check_choice(f"a kind in {name}", kind, self.kinds)
-            of = name if kind is None else f"{name} of {show(kind)}"
-            if isinstance(self.each, Int):
-                check_int(of, number, self.each.low, self.each.high)
-            else:
-                check_number(of, number, self.each.low, self.each.high)
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Annotation of a list of real numbers; `count` of them, if it is fixed."""
-
-    low: float = -float("inf")
-    high: float = float("inf")
-    count: int | None = None
-    help: str = ""
-
-    def check(self, name: str, value: Any) -> None:
-        flat = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim == 1)
-        listed = [*value] if flat else []
-        if not listed or self.count not in (None, len(listed)):
-            raise ValueError(f"{name} must be a list of {self.count or 'real'} numbers; got {show(value)}")
-        for one in listed:
-            check_number(f"every entry of {name}", one, self.low, self.high)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Annotation of calibrated or learned tensors, or the file that holds them; the method's part checks them.
-
-    `held` is where the recipe holds them, such as `fill.trend`.
-    """
-
-    help: str = ""
-    held: str = ""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a method: its type in words, default, help, and the values it takes."""
-
-    name: str
-    type: str
-    default: Any
-    help: str
-    valid: str
-    check: Callable[[Any], None] = field(repr=False)
-    held: str = ""
-
-
 @dataclass(frozen=True)
 class Method:
     """A published method: what it is, what it needs, its parameters, and how to cite it.
@@ -444,54 +332,6 @@ def method(
         return build
 
     return register
-
-
-def parameter(name: str, hint: Any, default: Any) -> Parameter:
-    """Reads `Annotated[type, Int | Number | help text]`; `| None` makes a parameter optional."""
-    base, *notes = typing.get_args(hint)
-    note = notes[0]
-    help_text = note if isinstance(note, str) else note.help
-    options = [a for a in typing.get_args(base) if a is not types.NoneType] if _is_union(base) else [base]
-    optional, kind = _is_union(base), options[0]
-    check: Callable[[Any], None]
-    if isinstance(note, PerKind):
-        kinds = ", ".join(note.kinds) or "KIND"
-        valid = f"{{{kinds}: number}}" + ("" if note.every else ", one number for all") + ", or None"
-        check = lambda v: None if v is None else note.check(name, v)  # noqa: E731
-        return Parameter(name, "numbers", default, help_text, valid, check)
-    if isinstance(note, Data):
-        valid = "tensors by name, or a file"
-        return Parameter(name, "data", default, help_text, valid, lambda v: None, held=note.held)
-    if isinstance(note, Steps):
-        valid = f"whole numbers, {note.low} or more" if note.high is None else f"numbers {note.low} to {note.high}"
-        type_name, check = "steps", lambda v: check_ints(name, v, note.low, note.high)
-    elif isinstance(note, Numbers):
-        valid = "real numbers" if note.count is None else f"{note.count} numbers"
-        type_name, check = "numbers", lambda v: note.check(name, v)
-    elif isinstance(note, Int):
-        valid = f"{note.low} or more" if note.high is None else f"{note.low} to {note.high}"
-        type_name, check = "int", lambda v: check_int(name, v, note.low, note.high)
-    elif isinstance(note, Number):
-        valid = f"{note.low:g} or more" if note.high == float("inf") else f"{note.low:g} to {note.high:g}"
-        valid = "any finite number" if note.low == -float("inf") else valid
-        type_name, check = "float", lambda v: check_number(name, v, note.low, note.high)
-    elif typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        type_name, valid, check = "choice", ", ".join(choices), lambda v: check_choice(name, v, choices)
-    elif kind is bool:
-        type_name, valid, check = "bool", "True, False", lambda v: check_bool(name, v)
-    else:
-        from .when.soft import check_window
-
-        type_name, valid, check = "pair", "(low, high) within 0 to 1", lambda v: check_window(name, v)
-    if optional:
-        inner = check
-        valid, check = f"{valid}, or None", lambda v: None if v is None else inner(v)
-    return Parameter(name, type_name, default, help_text, valid, check)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def methods() -> dict[str, Method]:

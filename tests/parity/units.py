@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import dittocache
+from dittocache.calibrate import planners
 from dittocache.calibrate.base import Recorder
 from dittocache.calibrate.channels import channel_statistic, channel_weights, low_rank_factors
 from dittocache.calibrate.magcache import CalibrateMagCache, magnitudes
@@ -100,6 +101,14 @@ def find(case: dict[str, Any]) -> Callable[[dict[str, Any], Inputs], Inputs] | N
         return icc_statistics
     if case["method"] == "icc" and what.endswith("factors"):
         return icc_factors
+    if what.startswith("path-aware cost tensor"):
+        return dpcache_costs
+    if what.startswith("dynamic programme over the cost tensor"):
+        return dpcache_plans
+    if what.startswith("forecast of the final hidden state"):
+        return dpcache_forecasts
+    if what.startswith("lexicographic minimax path"):
+        return lemica_plans
     return None
 
 
@@ -289,6 +298,70 @@ def magnitude_ratios(settings: dict[str, Any], x: Inputs, goldens: Any, case: di
 
 
 WITH_NETWORK.append(magnitude_ratios)
+
+
+# ---- DPCache and LeMiCa ---------------------------------------------------------------------------------------------
+def width(case: dict[str, Any], name: str) -> int:
+    return int(case["expect"]["tensors"][name]["shape"][1])
+
+
+def padded(plans: Sequence[Sequence[int]], length: int) -> Tensor:
+    return torch.tensor([[*plan, *[-1] * (length - len(plan))] for plan in plans])
+
+
+def dpcache_costs(settings: dict[str, Any], x: Inputs) -> Inputs:
+    share = settings["sentinel_alpha"]
+    return {
+        "cost": planners.segment_costs(x["features"], settings["order"], settings["max_gap"], end_share=share),
+    }
+
+
+def dpcache_plans(settings: dict[str, Any], x: Inputs, goldens: Any, case: dict[str, Any]) -> Inputs:
+    """The authors' plans and the cheapest ones, with what they cost."""
+    steps, gap = settings["num_steps"], settings["max_gap"]
+    plans: dict[str, list[planners.Plan]] = {"schedule": [], "exact_schedule": []}
+    costs: dict[str, list[float]] = {"schedule_cost": [], "exact_cost": []}
+    for budget, first, last in x["combos"].tolist():
+        forced = planners.forced_steps(steps, first, last)
+        allowed = planners.allowed(x["cost"], forced, gap)
+        authors, exact = planners.authors_plan(allowed, budget), planners.exact_plan(allowed, budget)
+        plans["schedule"].append(authors)
+        plans["exact_schedule"].append(exact)
+        costs["schedule_cost"].append(planners.path_cost(allowed, authors))
+        costs["exact_cost"].append(planners.path_cost(allowed, exact) if exact else float("inf"))
+    return {name: padded(found, width(case, name)) for name, found in plans.items()} | {
+        name: torch.tensor(found, dtype=torch.float64) for name, found in costs.items()
+    }
+
+
+def dpcache_forecasts(settings: dict[str, Any], x: Inputs) -> Inputs:
+    """The recipe's own fill, step by step."""
+    names = ("num_steps", "order", "first_full", "full_steps")
+    recipe = dittocache.recipe("dpcache", **{name: settings[name] for name in names})
+    site, entry, outputs = Site("blocks", "stack", "blocks", 0, 1, 0), Entry(), []
+    computed = recipe.when.table(settings["num_steps"], [site])[:, 0] == COMPUTE
+    for step, features in enumerate(x["features"]):
+        at = At(step, settings["num_steps"], site)
+        if computed[step]:
+            recipe.fill.keep(entry, (features,), at)
+        outputs.append(features if computed[step] else recipe.fill.fill(entry, at)[0])
+    return {"output": torch.stack(outputs)}
+
+
+def lemica_plans(settings: dict[str, Any], x: Inputs, goldens: Any, case: dict[str, Any]) -> Inputs:
+    budgets, weights = settings["budgets"], x["weights"].numpy()
+    plans = [planners.segment_plan(weights, budget) for budget in budgets]
+    sums = [planners.segment_plan(weights, budget, "sum") for budget in budgets]
+    edges = width(case, "sorted_weights")
+    errors = [planners.segment_errors(weights, plan) if plan else [float("inf")] * edges for plan in plans]
+    return {
+        "schedule": padded(plans, width(case, "schedule")),
+        "sorted_weights": torch.tensor([[*e, *[0.0] * (edges - len(e))] for e in errors], dtype=torch.float64),
+        "sum_schedule": padded(sums, width(case, "sum_schedule")),
+    }
+
+
+WITH_NETWORK += [dpcache_plans, lemica_plans]
 
 
 # ---- L2C's training step --------------------------------------------------------------------------------------------

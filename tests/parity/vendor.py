@@ -14,7 +14,8 @@ SAMPLING = (
     *("icc-hot-activation-svd-p3", "eb-cache-hot-mixed-d0965", "l2c-uvit-nfe20-t05"),
 )
 UNITS = ("toca-unit-", "duca-unit-", "l2c-unit-train-soft", "l2c-uvit-unit-train", "icc-unit-")
-METHODS = ("none", "fora", "toca", "duca", "l2c", "eoc", "goc", "icc", "eb-cache")
+UNITS += ("dpcache-unit-", "lemica-unit-")
+METHODS = ("none", "fora", "toca", "duca", "l2c", "eoc", "goc", "icc", "eb-cache", "dpcache", "lemica")
 
 
 def main(pack: Path) -> None:

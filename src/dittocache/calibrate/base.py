@@ -17,9 +17,10 @@ from ..cache import enable, wanted
 from ..describe import describe
 from ..fill import At, Entry, Fill
 from ..methods.base import Interval, ReuseList, RouterLogits, Threshold, schedule
+from ..parameters import Parameter, parameter
 from ..parts import jsonable, plain
 from ..plan import REUSE
-from ..recipe import Parameter, Recipe, parameter
+from ..recipe import Recipe
 from ..when import Every, When
 from .setup import Setup, conditional_half, denoiser, draw
 from .statistics import Statistics

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..fill import At
-from ..recipe import Number, Recipe, recipe
+from ..parameters import Number
+from ..recipe import Recipe, recipe
 from .base import Calibrator, See, Seen, add
 from .setup import Setup
 from .statistics import Statistics

@@ -16,9 +16,10 @@ from ..cache import enable
 from ..fill import Entry
 from ..fix import Level, NoiseScale
 from ..hooks import Call, captured
+from ..parameters import Number
 from ..parts import show
 from ..plan import OPEN, Site
-from ..recipe import Number, Recipe, recipe
+from ..recipe import Recipe, recipe
 from ..when import Look, When
 from ..when.learned import STATES
 from .base import Calibrator, add

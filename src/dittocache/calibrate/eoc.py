@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..fill import At
-from ..recipe import Int, Number, Recipe, recipe
+from ..parameters import Int, Number
+from ..recipe import Recipe, recipe
 from ..when import Router
 from .base import OnSchedule, See, Seen, add, digest
 from .setup import Setup, timesteps

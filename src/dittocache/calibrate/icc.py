@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..describe import SiteModule, describe
 from ..fill import At
-from ..recipe import Int, PerKind, Recipe, recipe
+from ..parameters import Int, PerKind
+from ..recipe import Recipe, recipe
 from .base import Calibrator, See, Seen, add
 from .channels import channel_statistic, channel_weights, low_rank_factors
 from .setup import Setup, timesteps

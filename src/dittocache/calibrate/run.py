@@ -15,7 +15,8 @@ import torch
 
 from ..evaluate.provenance import machine, versions
 from ..parts import check_int, check_ints, show
-from ..recipe import FILE, Recipe
+from ..recipe import Recipe
+from ..saved import FILE
 from .base import Calibrator, described, make
 from .setup import Setup, check_uncached, denoiser, made_for
 from .statistics import FILE as STATISTICS
@@ -40,7 +41,8 @@ def calibrate(
 
     Args:
         pipe: a diffusers pipeline without a cache.
-        method: one that is calibrated: block-caching, eb-cache, eoc, goc, icc, magcache, teacache.
+        method: one that is calibrated: block-caching, dpcache, eb-cache, eoc, goc, icc, lemica, magcache,
+            teacache.
         samples: how many, or their numbers.
         setup: how they are drawn.
         out: folder for the statistics and the recipe. Statistics are written after every batch, and what is there

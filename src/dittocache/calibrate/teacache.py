@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..cache import enable
 from ..hooks import Call, captured
+from ..parameters import Number
 from ..plan import COMPUTE, OPEN, Site
-from ..recipe import Number, Recipe, methods
+from ..recipe import Recipe, methods
 from ..samples import Samples
 from ..when import Look, When
 from ..when.dynamic import change

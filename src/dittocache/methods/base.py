@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..parameters import Data, Int, Number, Steps
 from ..parts import show
-from ..recipe import Data, Int, Number, Steps
 from ..tensors import Tensors
 from ..when import Every, ReuseSteps, Router, When
 

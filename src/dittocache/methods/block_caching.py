@@ -3,7 +3,8 @@
 from typing import Annotated, Any
 
 from ..fill import Hold
-from ..recipe import Data, Number, Recipe, method
+from ..parameters import Data, Number
+from ..recipe import Recipe, method
 from ..when import ChangeBudget
 from .base import read_tensors
 

@@ -3,7 +3,8 @@
 from typing import Annotated, Literal
 
 from ..fill import Hold
-from ..recipe import Int, Number, Recipe, method
+from ..parameters import Int, Number
+from ..recipe import Recipe, method
 from ..when import Every, PowerSteps
 
 

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from ..fill import Hold
 from ..fix import NoiseScale
-from ..recipe import Int, Number, Recipe, Steps, method
+from ..parameters import Int, Number, Steps
+from ..recipe import Recipe, method
 from ..when import States
 
 

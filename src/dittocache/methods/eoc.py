@@ -3,7 +3,8 @@
 from typing import Annotated, Any
 
 from ..fill import Trend
-from ..recipe import Data, Number, Recipe, method
+from ..parameters import Data, Number
+from ..recipe import Recipe, method
 from .base import Interval, ReuseList, RouterLogits, Threshold, read_tensors, schedule
 
 

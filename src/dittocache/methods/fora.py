@@ -3,7 +3,8 @@
 from typing import Annotated, Literal
 
 from ..fill import Hold
-from ..recipe import Int, Recipe, method
+from ..parameters import Int
+from ..recipe import Recipe, method
 from ..when import Every
 
 

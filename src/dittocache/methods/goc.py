@@ -3,7 +3,8 @@
 from typing import Annotated, Literal
 
 from ..fill import GradientQueue
-from ..recipe import Number, Recipe, Steps, method
+from ..parameters import Number, Steps
+from ..recipe import Recipe, method
 from .base import Interval, ReuseList, RouterLogits, Threshold, schedule
 
 # the shipped list for 20 steps, every second one reused: step 17 is left out, an inflection

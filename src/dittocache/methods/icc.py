@@ -3,7 +3,8 @@
 from typing import Annotated, Any, Literal
 
 from ..fill import Hold, LowRankIncrement
-from ..recipe import Data, Int, Recipe, method
+from ..parameters import Data, Int
+from ..recipe import Recipe, method
 from ..when import Every
 from .base import read_tensors
 

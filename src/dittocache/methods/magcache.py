@@ -3,7 +3,8 @@
 from typing import Annotated
 
 from ..fill import Hold
-from ..recipe import Int, Number, Numbers, Recipe, method
+from ..parameters import Int, Number, Numbers
+from ..recipe import Recipe, method
 from ..when import RatioBudget
 
 Ratios = Annotated[

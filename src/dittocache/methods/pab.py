@@ -3,7 +3,8 @@
 from typing import Annotated
 
 from ..fill import Hold
-from ..recipe import Int, Numbers, Recipe, method
+from ..parameters import Int, Numbers
+from ..recipe import Recipe, method
 from ..when import Broadcast
 
 Range = Annotated[tuple[float, float], Numbers(count=2, help="(low, high): reuse is limited to timesteps within")]

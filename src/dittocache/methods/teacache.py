@@ -3,7 +3,8 @@
 from typing import Annotated, Literal
 
 from ..fill import Hold
-from ..recipe import Int, Number, Numbers, Recipe, method
+from ..parameters import Int, Number, Numbers
+from ..recipe import Recipe, method
 from ..when import SignalChange
 
 # The authors' polynomials, highest power first, by the model that they were fitted on. Wan's are second-hand; its first

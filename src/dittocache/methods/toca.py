@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from ..fill import Hold
-from ..recipe import Int, Number, PerKind, Recipe, method
+from ..parameters import Int, Number, PerKind
+from ..recipe import Recipe, method
 from ..when import Counter, DualInterval, DualModuleIntervals, ModuleIntervals, SoftInterval, When
 from ..which import Which
 from ..which.tokens import selector as token_selector

@@ -17,7 +17,8 @@ from .. import origin
 from ..calibrate.base import digest
 from ..calibrate.setup import Setup, check_uncached
 from ..parts import check_int, show
-from ..recipe import ARRAYS, FILE, Recipe, recipe
+from ..recipe import Recipe, recipe
+from ..saved import ARRAYS, FILE
 from . import checkpoint
 from . import data as samples_of
 from .loop import Data, Settings, Training, train

@@ -125,5 +125,8 @@ class Table(When):
             ValueError: the plan was made for another number of steps, or for a model with other sites.
         """
         if num_steps != len(self.plan.steps):
-            raise ValueError(f"the plan has {len(self.plan.steps)} steps, but this run has {num_steps}")
+            raise ValueError(
+                f"the plan has {len(self.plan.steps)} steps, but this run has {num_steps}: dittocache.tune.resample "
+                "makes one of it for other steps"
+            )
         return align(self.plan, sites)
