@@ -5,6 +5,7 @@ from .base import At, Entry, Features, Fill
 from .gradient import GradientQueue
 from .hold import Hold
 from .increment import LowRankIncrement
+from .linear import Linear
 from .taylor import Forecast, Orders, Taylor
 from .trend import Trend
 
@@ -17,6 +18,7 @@ __all__ = [
     "Forecast",
     "GradientQueue",
     "Hold",
+    "Linear",
     "LowRankIncrement",
     "Orders",
     "Taylor",

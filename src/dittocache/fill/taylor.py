@@ -49,7 +49,7 @@ def coefficients(steps: Sequence[int], at_step: int, order: int) -> list[float]:
 
 
 class Forecast(Fill):
-    """A fill that is linear in the last outputs, with factors that follow from their steps alone and add up to 1.
+    """A fill that is linear in the last outputs, with factors that follow from their steps alone.
 
     Subclasses say how many outputs are kept, and what the factors are. Samples that were computed at other steps than
     their neighbours have factors of their own.
@@ -87,9 +87,11 @@ class Forecast(Fill):
             factors = [torch.tensor(column, dtype=torch.float64) if any(column) else 0.0 for column in columns]
         pairs = zip(entry.values[1:], factors[1:], strict=True)
         older = [(value, factor) for value, factor in pairs if isinstance(factor, Tensor) or factor]
+        newest, missing = entry.values[0], 1 - sum(factors)
+        if isinstance(missing, Tensor) or abs(missing) > 1e-9:  # more than rounding: that is the factor of a zero
+            older.append((tuple(value.new_zeros(()) for value in newest), missing))
         if not older:
-            return entry.values[0]
-        newest = entry.values[0]
+            return newest
         return tuple(_combined(newest[i], [(value[i], f) for value, f in older], at) for i in range(len(newest)))
 
     def _of(self, steps: Sequence[int | None], at_step: int) -> list[float]:
@@ -102,8 +104,8 @@ class Forecast(Fill):
 def _combined(newest: Tensor, older: Sequence[tuple[Tensor, Any]], at: At) -> Tensor:
     """The newest output plus what older ones differ from it, times their factors; in its dtype, rounded once.
 
-    Factors add up to 1, so this is the sum of all outputs times their factors; but of small numbers, so that nothing is
-    lost that a ladder of differences would keep.
+    The factors of all add up to 1, so this is the sum of all outputs times their factors; but of small numbers, so that
+    nothing is lost that a ladder of differences would keep.
     """
     if len(older) == 1 and not isinstance(older[0][1], Tensor):
         return torch.lerp(newest, older[0][0], older[0][1])
@@ -169,5 +171,8 @@ class Orders(Forecast):
     def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
         """Raises a ValueError for a step beyond the orders."""
         if at_step >= len(self.orders):
-            raise ValueError(f"orders are for {len(self.orders)} steps, but this run has step {at_step}")
+            raise ValueError(
+                f"orders are for {len(self.orders)} steps, but this run has step {at_step}: "
+                "dittocache.tune.resample makes some for other steps"
+            )
         return coefficients(steps, at_step, self.orders[at_step])

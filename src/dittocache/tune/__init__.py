@@ -1,7 +1,37 @@
 """Search for the plan that loses the least at a budget."""
 
 from .errors import StepErrors, measure
-from .path import Paths, cheapest
-from .plan import candidates, loss, planned, search, solve
+from .forecasts import Forecasts, candidates, loss, planned, solve
+from .genetic import Candidate, evolve
+from .goal import Goal
+from .path import Paths, cheapest, shortest
+from .predictor import Predictors
+from .resample import resample
+from .search import Planner, search
+from .tuner import SCHEDULERS, Effort, Tuned, Unreachable, save, tune
 
-__all__ = ["Paths", "StepErrors", "candidates", "cheapest", "loss", "measure", "planned", "search", "solve"]
+__all__ = [
+    "SCHEDULERS",
+    "Candidate",
+    "Effort",
+    "Forecasts",
+    "Goal",
+    "Paths",
+    "Planner",
+    "Predictors",
+    "StepErrors",
+    "Tuned",
+    "Unreachable",
+    "candidates",
+    "cheapest",
+    "evolve",
+    "loss",
+    "measure",
+    "planned",
+    "resample",
+    "save",
+    "search",
+    "shortest",
+    "solve",
+    "tune",
+]

@@ -7,8 +7,7 @@ trajectory; an error of the prediction at step k is carried into the picture by 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import clock
 from ..cache import enable
 from ..calibrate.setup import Setup, check_uncached, denoiser, draw
 from ..fill import Forecast
@@ -25,6 +23,7 @@ from ..hooks import Call, captured
 from ..parts import check_int
 from ..recipe import Recipe
 from ..when import ReuseSteps
+from .trajectory import observed
 
 LAGS, GAPS, ORDERS = 12, (1, 2, 3, 4, 6, 8, 12), (0, 1)
 Progress = Callable[[int, int, str], None]
@@ -110,16 +109,6 @@ class _Pusher(_Observer):
         changed[rows] = self.steps[step - 1].prediction[rows]
         self.pushed[rows] = (changed - prediction)[rows].flatten(1).double().square().sum(1).cpu()
         return changed
-
-
-@contextlib.contextmanager
-def observed(pipe: Any, observer: _Observer) -> Iterator[_Observer]:
-    """An observer hears of the steps of the pipeline's scheduler within."""
-    clock.watch_scheduler(pipe.scheduler, observer)
-    try:
-        yield observer
-    finally:
-        clock.unwatch(pipe.scheduler, observer)
 
 
 @dataclass(frozen=True)
@@ -243,26 +232,32 @@ def _branches(outputs: Sequence[Tensor], like: Tensor) -> Tensor:
     return rows[:, : like.shape[1]].unflatten(0, (-1, len(like)))
 
 
-def weights(pipe: Any, setup: Setup, samples: Sequence[int], batch: int = 16) -> np.ndarray:
+def weights(
+    pipe: Any, setup: Setup, samples: Sequence[int], batch: int = 16, rows: int = 2, plain: Tensor | None = None
+) -> np.ndarray:
     """[T] squared error of the picture by squared error of the prediction at a step, all later steps computed.
 
     Networks mend some errors and magnify others, so the error is one that filling makes: the prediction is that of the
-    step before. Every row of a batch is pushed at another step; two samples for each. Step 0 is never filled.
+    step before. Every row of a batch is pushed at another step. Step 0 is never filled.
+
+    Args:
+        rows: samples for each step; their ratios scatter, and means are taken of logarithms.
+        plain: uncached pictures of the samples [n, ...], if there are some already.
     """
     steps = setup.num_steps
-    jobs = [(k, samples[n % len(samples)]) for n in range(2) for k in range(1, steps)]
-    found = np.zeros(steps)
+    jobs = [(k, (n + rows * k) % len(samples)) for n in range(rows) for k in range(1, steps)]
+    logs = np.zeros(steps)
     for start in range(0, len(jobs), batch):
         part = jobs[start : start + batch]
-        numbers = [sample for _, sample in part]
+        numbers = [samples[j] for _, j in part]
         pusher = _Pusher([k for k, _ in part])
-        plain = _pictures(pipe, setup, numbers)
+        uncached = _pictures(pipe, setup, numbers) if plain is None else plain[[j for _, j in part]].cpu().double()
         with observed(pipe, pusher):
             moved = _pictures(pipe, setup, numbers)
-        ratios = (moved - plain).flatten(1).square().sum(1) / pusher.pushed
-        for (k, _), ratio in zip(part, ratios.tolist(), strict=True):
-            found[k] += ratio / 2
-    return found
+        ratios = (moved - uncached).flatten(1).square().sum(1) / pusher.pushed
+        for (k, _), ratio in zip(part, ratios.clamp(min=1e-30).log().tolist(), strict=True):
+            logs[k] += ratio / rows
+    return np.concatenate([[0.0], np.exp(logs[1:])])
 
 
 def _pictures(pipe: Any, setup: Setup, samples: Sequence[int]) -> Tensor:

@@ -1,9 +1,9 @@
-"""From measured errors to a recipe: the cheapest path, then a local search on the pictures themselves."""
+"""Plans that fill whole steps with forecasts of every module: cheapest paths over measured errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,7 +23,6 @@ OBJECTIVES: tuple[tuple[Objective, float], ...] = (
     ("sum", 0.5),
     ("sum", 0.25),
 )
-Tried = Callable[[int, float], None]  # recipes tried, the least error so far
 
 
 def solve(errors: StepErrors, budget: int, objective: Objective = "coherent", power: float = 1.0) -> Recipe:
@@ -77,71 +76,38 @@ def candidates(errors: StepErrors, budget: int) -> list[tuple[int, ...]]:
     """
     check_int("budget", budget, 1)
     paths = [cheapest(errors.costs**power, objective).steps(budget) for objective, power in OBJECTIVES]
-    steps = len(errors.weights)
-    even = tuple(sorted({n * steps // min(budget, steps) for n in range(min(budget, steps))}))
+    even = spread(budget, len(errors.weights))
     return list(dict.fromkeys([*paths, *([even] if np.isfinite(loss(errors, even)) else [])]))
 
 
-def search(
-    trial: Trial, errors: StepErrors, budget: int, tries: int = 40, seed: int = 0, tried: Tried | None = None
-) -> tuple[Recipe, float]:
-    """Begins with the best of the candidates, and moves computed steps as long as that brings pictures closer.
+def spread(budget: int, steps: int) -> tuple[int, ...]:
+    """So many steps, spaced evenly from 0."""
+    count = min(budget, steps)
+    return tuple(n * steps // count for n in range(count))
 
-    Every move shifts one computed step by one or two, or two of them by one each; moves that the measured errors find
-    the least bad are tried first.
+
+@dataclass(frozen=True)
+class Forecasts:
+    """A `Planner` of forecasts.
 
     Args:
+        errors: as measured.
         trial: pictures that the recipes are judged on, of other samples than the errors.
-        budget: computed steps.
-        tries: recipes that are drawn, at most.
-        seed: of the moves of two steps.
-        tried: called after every one of them.
-
-    Returns:
-        The best recipe, and its mean squared error.
-
-    Raises:
-        ValueError: a budget that no path meets.
     """
-    check_int("tries", tries, 1)
-    generator = np.random.default_rng(seed)
-    best: tuple[int, ...] = (0,)
-    error, seen = np.inf, set[tuple[int, ...]]()
 
-    def better(steps: tuple[int, ...]) -> bool:
-        nonlocal best, error
-        seen.add(steps)
-        found = trial.error(planned(errors, steps))
-        improved = found < error
-        if improved:
-            best, error = steps, found
-        if tried:
-            tried(len(seen), error)
-        return improved
+    errors: StepErrors
+    trial: Trial
 
-    for start in candidates(errors, budget)[:tries]:
-        better(start)
-    improved = True
-    while improved and len(seen) < tries:
-        moves = sorted(_moves(best, len(errors.weights), generator) - seen, key=lambda m: loss(errors, m))
-        improved = any(better(moved) for moved in moves[: tries - len(seen)])
-    return planned(errors, best), error
+    @property
+    def steps(self) -> int:
+        return len(self.errors.weights)
 
+    def candidates(self, budget: int) -> list[tuple[int, ...]]:
+        return candidates(self.errors, budget)
 
-def _moves(computed: Sequence[int], steps: int, generator: Any) -> set[tuple[int, ...]]:
-    """Neighbours of a plan; step 0 stays computed."""
-    shifts = [(n, by) for n in range(1, len(computed)) for by in (-2, -1, 1, 2)]
-    found = {_shifted(computed, [shift]) for shift in shifts}
-    single = [shift for shift in shifts if abs(shift[1]) == 1]
-    for _ in range(len(computed)):
-        if len(single) > 1:
-            pair = generator.choice(len(single), 2, replace=False)
-            found.add(_shifted(computed, [single[i] for i in pair]))
-    return {m for m in found if len(set(m)) == len(computed) and m[0] == 0 and m[-1] < steps and min(m) == 0}
+    def loss(self, computed: Sequence[int]) -> float:
+        return loss(self.errors, computed)
 
-
-def _shifted(computed: Sequence[int], shifts: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    moved = list(computed)
-    for n, by in shifts:
-        moved[n] += by
-    return tuple(sorted(moved))
+    def made(self, computed: Sequence[int], most: float = np.inf) -> tuple[Recipe, float]:
+        recipe = planned(self.errors, computed)
+        return recipe, self.trial.error(recipe)

@@ -72,15 +72,35 @@ def cheapest(costs: np.ndarray, objective: Objective = "sum") -> Paths:
     if not (costs[read] >= 0).all():
         raise ValueError("costs must be 0 or more, and not nan")
     join = OBJECTIVES[objective]
-    # edges[n, a, p]: from a to n, all steps between them filled
     edges = np.full((steps + 1, steps, steps + 1), np.inf)
     filled = np.where(k > a, np.where(read, costs, np.inf), 0.0)
     if objective == "coherent":
         edges[1:] = join.accumulate(np.sqrt(filled), axis=0) ** 2
     else:
         edges[1:] = join.accumulate(filled, axis=0)
+    return shortest(edges, "max" if objective == "max" else "sum")
+
+
+def shortest(edges: np.ndarray, objective: Literal["sum", "max"] = "sum") -> Paths:
+    """The cheapest path of every budget, from the costs of whole segments; step 0 is always computed.
+
+    Args:
+        edges: [T + 1, T, T + 1], edges[n, a, p] of filling every step between the computed steps a and n (n = T: up to
+            the end), with p the computed step before a; p = T for none. Inf for what must not be; n <= a is not read.
+        objective: of the costs of all segments, the "sum" or the largest ("max").
+
+    Raises:
+        ValueError: edges of another shape, or undefined ones.
+    """
+    check_choice("objective", objective, ("sum", "max"))
+    join = OBJECTIVES[objective]
+    steps = edges.shape[1]
+    if edges.shape != (steps + 1, steps, steps + 1):
+        raise ValueError(f"edges must be [T + 1, T, T + 1]; got {list(edges.shape)}")
     n = np.arange(steps + 1)
-    edges[n[:, None] <= n[:-1]] = np.inf
+    edges = np.where((n[:, None] <= n[:-1])[..., None], np.inf, edges)
+    if not (edges >= 0).all():
+        raise ValueError("edges must cost 0 or more, and not nan")
     totals = np.full(steps + 1, np.inf)
     before = np.full((steps + 1, steps + 1, steps + 1), -1, dtype=np.int64)
     state = np.full((steps, steps + 1), np.inf)  # what it costs to have computed a last and p before it

@@ -1,0 +1,180 @@
+"""Predictors fitted along the cached run: what the network would have returned, by least squares from what it did.
+
+A predictor that is fitted on uncached runs does not know where cached ones end up. So the cached run is drawn, all
+samples at once, beside their uncached ones, and the factors of every step are fitted when it gets there. Wanted is the
+prediction that takes the latents back to where the uncached run stands at the next step, so that errors do not pile up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache import enable
+from ..calibrate.setup import Setup, check_uncached, draw
+from ..fill import Hold, Linear
+from ..parts import check_int
+from ..recipe import Recipe
+from ..when import ReuseSteps
+from .errors import weights
+from .path import shortest
+from .segments import carried, products, strays
+from .trajectory import Trajectories, linear, observed, record, solution
+
+RIDGE = 1e-6  # towards holding, of the diagonal
+GIVE_UP, WINDOW = 3.0, 4  # times the error of the best plan, within so many steps
+POWERS = (1.0, 0.5, 0.25)  # of a segment's cost: less than 1 spreads errors, as they compound
+
+
+@dataclass
+class _Fitter:
+    """A clock that fits and hands out the predictions of filled steps.
+
+    Args:
+        runs: where the latents are wanted.
+        computed: steps.
+        fitted: samples of the batch that are fitted to; the others are only drawn.
+        outputs: how many a prediction is made of, at most.
+        most: [T] stray of the others (a mean of squares) with which a run is given up.
+    """
+
+    runs: Trajectories
+    computed: frozenset[int]
+    fitted: int
+    outputs: int
+    most: np.ndarray
+    factors: list[list[float]] = field(default_factory=list)
+    strays: list[float] = field(default_factory=list)
+    history: list[Tensor] = field(default_factory=list)
+
+    def on_begin(self, scheduler: Any) -> None:
+        self.factors, self.history, self.strays = [], [], []
+
+    def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
+
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        k = len(self.factors)
+        self.strays.append(float((sample - self.runs.latents[k])[self.fitted :].double().square().mean()))
+        if self.strays[k] > self.most[k]:
+            raise _GivenUp
+        if k in self.computed:
+            self.history = [prediction, *self.history[: self.outputs - 1]]
+            self.factors.append([1.0] + [0.0] * (self.outputs - 1))
+            return prediction
+        after, gain = linear(scheduler, self.history[0], timestep, sample)
+        wanted = self.history[0] + (self.runs.latents[k + 1] - after) / gain
+        factors = least_squares([one[: self.fitted] for one in self.history], wanted[: self.fitted])
+        self.factors.append([*factors, *[0.0] * (self.outputs - len(factors))])
+        return sum(factor * one for factor, one in zip(factors, self.history, strict=True))
+
+    def on_step(self, scheduler: Any) -> None: ...
+
+
+class _GivenUp(Exception):
+    """Ends a run that strays too far."""
+
+
+def least_squares(outputs: Sequence[Tensor], wanted: Tensor) -> list[float]:
+    """The factors of outputs, newest first, that come closest to what is wanted; a small ridge towards holding."""
+    columns = torch.stack([one.flatten().double() for one in outputs])
+    inner = columns @ columns.T
+    ridge = RIDGE * inner.diagonal().mean() * torch.eye(len(columns), dtype=torch.float64, device=inner.device)
+    rest = columns @ (wanted.flatten().double() - columns[0])
+    factors = torch.linalg.solve(inner + ridge, rest)
+    factors[0] += 1
+    return factors.tolist()
+
+
+class Predictors:
+    """A `Planner` of linear predictors of what the network returns.
+
+    Plans are judged on samples that the predictors are not fitted to, drawn in the same batch: by the squared mean of
+    the roots of their squared errors, so that no single picture decides. (A small push may change one altogether.)
+
+    Args:
+        pipe: without a cache.
+        setup: how the samples are drawn.
+        samples: that predictors are fitted to, all at once.
+        trial: other samples.
+        reference: steps of the run that latents are wanted to follow; None: the setup's own.
+        outputs: how many a prediction is made of, at most.
+        longest: stretch of predicted steps.
+
+    Raises:
+        ValueError: a cache is on, no samples, or the scheduler's steps are not linear in the prediction.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        setup: Setup,
+        samples: Sequence[int],
+        trial: Sequence[int],
+        *,
+        reference: int | None = None,
+        outputs: int = 3,
+        longest: int = 20,
+    ) -> None:
+        check_uncached(pipe)
+        check_int("outputs", outputs, 1)
+        if not samples or not trial or set(samples) & set(trial):
+            raise ValueError("samples and trial are one or more numbers each, and differ")
+        self.pipe, self.setup, self.steps, self.outputs = pipe, setup, setup.num_steps, outputs
+        self.samples, self.fitted = [*samples, *trial], len(samples)
+        if reference is None:
+            self.runs = record(pipe, setup, self.samples)
+        else:
+            self.runs = solution(pipe, setup, self.samples, reference)
+        # an uncached run of these steps does not end where the solution does
+        plain = self.runs.pictures if reference is None else None
+        found = weights(pipe, setup, self.samples, batch=len(self.samples), plain=plain)
+        carry = carried(found, self.runs.gains.numpy(), self.runs.pictures[0].numel())
+        self.edges = strays(products(self.runs), longest) * carry[:, None, None]
+        self.seen: tuple[float, np.ndarray] | None = None  # error and strays of the best run
+        self.paths = [*(shortest(self.edges**power) for power in POWERS), shortest(self.edges, "max")]
+
+    def candidates(self, budget: int) -> list[tuple[int, ...]]:
+        check_int("budget", budget, 1)
+        return list(dict.fromkeys(paths.steps(budget) for paths in self.paths))
+
+    def loss(self, computed: Sequence[int]) -> float:
+        return sum(self.costs(computed))
+
+    def costs(self, computed: Sequence[int]) -> list[float]:
+        """[T] predicted squared error of the picture, a segment's shared out among its filled steps."""
+        found = [0.0] * self.steps
+        for n, a, p in zip([*computed[1:], self.steps], computed, [self.steps, *computed[:-1]], strict=True):
+            for k in range(a + 1, n):
+                found[k] = float(self.edges[n, a, p]) / (n - a - 1)
+        return found
+
+    def made(self, computed: Sequence[int], most: float = np.inf) -> tuple[Recipe | None, float]:
+        filled = tuple(k for k in range(self.steps) if k not in computed)
+        fitter = _Fitter(self.runs, frozenset(computed), self.fitted, self.outputs, self._limits(most))
+        recipe = Recipe(where="model", when=ReuseSteps(filled), fill=Hold())
+        try:
+            with enable(self.pipe, recipe), observed(self.pipe, fitter):
+                pictures = torch.as_tensor(draw(self.pipe, self.setup, self.samples))
+        except _GivenUp:
+            return None, np.inf
+        errors = (pictures - self.runs.pictures)[self.fitted :].double().square().flatten(1).mean(1)
+        error = float(errors.sqrt().mean() ** 2)
+        if 0 < error < most:
+            self.seen = error, np.array(fitter.strays)
+        return replace(recipe, fill=Linear(tuple(map(tuple, fitter.factors)))), error
+
+    def _limits(self, most: float) -> np.ndarray:
+        """[T] strays with which the error will be far above `most`, by what the best run made of its own."""
+        limits = np.full(self.steps, np.inf)
+        if self.seen is not None:
+            error, strays = self.seen
+            late = slice(self.steps // 2, None)
+            # they rise from each computed step to the next: what counts is how far they come
+            highest = [strays[max(k - WINDOW, 0) : k + WINDOW + 1].max() for k in range(self.steps)]
+            limits[late] = GIVE_UP * most / error * np.array(highest)[late]
+        return limits

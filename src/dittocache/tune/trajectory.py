@@ -1,0 +1,164 @@
+"""Uncached runs, step by step: what the scheduler is handed, and what it makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import clock
+from ..calibrate.setup import Setup, draw
+from ..noise import levels
+from ..parts import check_int
+
+
+@contextlib.contextmanager
+def observed(pipe: Any, observer: Any) -> Iterator[Any]:
+    """An observer (a `clock.Listener`) hears of the steps of the pipeline's scheduler within."""
+    clock.watch_scheduler(pipe.scheduler, observer)
+    try:
+        yield observer
+    finally:
+        clock.unwatch(pipe.scheduler, observer)
+
+
+def stepped(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
+    """The latents that the scheduler would go on with; it is left as it is."""
+    token = clock.copies.set(None)  # the copy is no scheduler of the pipeline's
+    try:
+        return copy.deepcopy(scheduler).step(prediction, timestep, sample, return_dict=False)[0]
+    finally:
+        clock.copies.reset(token)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Runs of some samples.
+
+    Attributes:
+        latents: [T + 1, n, ...] what the scheduler is handed at every step, and what it ends with.
+        predictions: [T, n, ...] what it is handed with it: the network's output after guidance.
+        gains: [T] the change of the next latents by a change of the prediction, a factor.
+        pictures: [n, ...] what the pipeline makes of the last latents.
+    """
+
+    latents: Tensor
+    predictions: Tensor
+    gains: Tensor
+    pictures: Tensor
+
+    def __len__(self) -> int:
+        """Steps."""
+        return len(self.predictions)
+
+
+@dataclass
+class _Recorder:
+    """A clock that keeps every step."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    predictions: list[Tensor] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
+    last: Tensor | None = None
+
+    def on_begin(self, scheduler: Any) -> None:
+        self.latents, self.predictions, self.gains = [], [], []
+
+    def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
+
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        after, gain = linear(scheduler, prediction, timestep, sample)
+        self.latents.append(sample.detach().clone())
+        self.predictions.append(prediction.detach().clone())
+        self.gains.append(gain)
+        self.last = after
+        return prediction
+
+    def on_step(self, scheduler: Any) -> None: ...
+
+
+def linear(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, float]:
+    """The next latents, and the factor by which a change of the prediction changes them.
+
+    Raises:
+        ValueError: the scheduler draws noise, or does more to a prediction than to add a multiple of it.
+    """
+    after = stepped(scheduler, prediction, timestep, sample)
+    change = (stepped(scheduler, 2 * prediction, timestep, sample) - after).double()
+    wide = prediction.double()
+    gain = float((change * wide).sum() / wide.square().sum())
+    rest = (change - gain * wide).norm() / max(float(change.norm()), 1e-12)
+    if not rest < 1e-2:
+        raise ValueError(
+            f"{type(scheduler).__name__} draws noise, clips or thresholds: its steps are not linear in the prediction, "
+            "so that predictors cannot be fitted"
+        )
+    return after, gain
+
+
+def record(pipe: Any, setup: Setup, samples: Sequence[int]) -> Trajectories:
+    """Runs of some samples, all at once; the pipeline has no cache.
+
+    Raises:
+        ValueError: the steps of the scheduler are not linear in the prediction.
+    """
+    with observed(pipe, _Recorder()) as seen:
+        pictures = draw(pipe, setup, samples)
+    latents = torch.stack([*seen.latents, seen.last])
+    return Trajectories(latents, torch.stack(seen.predictions), torch.tensor(seen.gains).double(), pictures)
+
+
+@dataclass
+class _Sampler(_Recorder):
+    """A clock that keeps a finer run at the noise levels of a coarser one, linear in the angle between two steps."""
+
+    wanted: Tensor = field(default_factory=lambda: torch.empty(0))  # [T] angles
+    shares: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, fine steps] of every step in each of them
+
+    def on_begin(self, scheduler: Any) -> None:
+        fine = angles(scheduler)
+        after = torch.searchsorted(-fine, -self.wanted).clamp(1, len(fine) - 1)
+        share = ((fine[after - 1] - self.wanted) / (fine[after - 1] - fine[after])).clamp(0, 1)
+        self.shares = torch.zeros(len(self.wanted), len(fine), dtype=torch.float64)
+        rows = torch.arange(len(self.wanted))
+        self.shares[rows, after - 1], self.shares[rows, after] = 1 - share, share
+        self.latents, self.predictions, self.gains = [], [], []
+
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        if not self.latents:
+            self.latents = [torch.zeros_like(sample) for _ in self.wanted]
+            self.predictions = [torch.zeros_like(prediction) for _ in self.wanted]
+        for k, share in enumerate(self.shares[:, len(self.gains)].tolist()):
+            if share:
+                self.latents[k] += share * sample
+                self.predictions[k] += share * prediction
+        self.gains.append(0.0)
+        self.last = stepped(scheduler, prediction, timestep, sample)
+        return prediction
+
+
+def angles(scheduler: Any) -> Tensor:
+    """[T] arctan(sigma / alpha) at every step, falling."""
+    alpha, sigma = levels(scheduler)
+    return torch.atan2(sigma, alpha)
+
+
+def solution(pipe: Any, setup: Setup, samples: Sequence[int], many: int) -> Trajectories:
+    """Like `record`, but of a run of so many steps, at the noise levels of the setup's steps: nearly the solution of
+    the sampler's differential equation, which shorter runs only approximate.
+
+    Raises:
+        ValueError: as in `record`; or not more steps than the setup has.
+    """
+    check_int("the steps of a reference solution", many, setup.num_steps + 1)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(setup.num_steps)
+    gains = record(pipe, setup, samples[:1]).gains
+    with observed(pipe, _Sampler(wanted=angles(scheduler))) as seen:
+        pictures = draw(pipe, replace(setup, num_steps=many), samples)
+    return Trajectories(torch.stack([*seen.latents, seen.last]), torch.stack(seen.predictions), gains, pictures)

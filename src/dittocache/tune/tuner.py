@@ -1,0 +1,533 @@
+"""From a budget to a saved recipe: scheduler, number of steps and plan are searched together."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..calibrate.setup import Setup, check_uncached, made_for, takes
+from ..evaluate.comparison import Comparison
+from ..evaluate.measure import Look
+from ..evaluate.provenance import provenance
+from ..evaluate.rows import Row, fewer, scheduled
+from ..parts import check_int, check_number
+from ..recipe import Recipe, recipe
+from . import published
+from .goal import Goal
+from .journal import Journal
+from .judge import OWN, SOLUTION, Judge
+from .predictor import Predictors
+from .search import Planner, search
+
+SCHEDULERS = {
+    "own": None,
+    "ddim": "DDIMScheduler",
+    "dpm++2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+SOLVER = "solver"  # as the method of rows
+FILE = "tune.json"
+PICTURES = 8  # on the model card
+MARGIN = 1.05  # of speed, so that something is left that meets the goal when it is measured again
+Progress = Callable[[int, int, str], None]  # samples drawn, about how many in all, what is going on
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is drawn.
+
+    Args:
+        samples: that predictors are fitted to, all at once.
+        trial: samples that plans are searched on, in the same batch.
+        judged: samples that contenders are compared on.
+        held_out: samples of the last check, which nothing has seen before.
+        batch: pictures drawn at once by contenders.
+        tries: plans that the local search draws.
+        methods: settings of published methods that are judged; 0 for none.
+        seconds: time budget; what was found by then is checked and saved.
+    """
+
+    samples: int = 24
+    trial: int = 24
+    judged: int = 24
+    held_out: int = 48
+    batch: int = 8
+    tries: int = 24
+    methods: int = 16
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name == "seconds":
+                if value is not None:
+                    check_number("the time budget in seconds", value, 0)
+            else:
+                check_int(name, value, 0 if name in ("tries", "methods") else 2 if name == "held_out" else 1)
+
+    def recording(self, steps: int) -> float:
+        """Of a scheduler and number of steps: uncached runs of a sample, about."""
+        return self.samples + self.trial + 2 * (steps - 1)
+
+    def made(self, share: float) -> float:
+        """Of a plan that computes a share of the steps, fitted and tried."""
+        return share * (self.samples + self.trial)
+
+    def runs(self, steps: int, grids: int) -> float:
+        """Of everything."""
+        planning = self.recording(steps) + 5 * self.made(0.4) + 6 * self.batch
+        return (
+            grids * planning
+            + self.tries * self.made(0.3)
+            + 2 * self.batch * self.methods
+            + 4 * self.judged
+            + 3 * self.held_out
+        )
+
+
+@dataclass
+class Contender:
+    """A way of drawing, and what was measured of it last."""
+
+    row: Row
+    numbers: dict[str, Any] = field(default_factory=dict)
+    grid: int | None = None  # of the solver's
+
+    def to_dict(self) -> dict[str, Any]:
+        row = self.row
+        summary = f"{row.steps} steps" if row.recipe is None else row.recipe.describe()
+        numbers = {name: "inf" if value == math.inf else value for name, value in self.numbers.items()}
+        return {
+            "label": row.label,
+            "method": row.method,
+            "steps": row.steps,
+            "scheduler": row.scheduler,
+            "summary": summary,
+        } | numbers
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found.
+
+    Attributes:
+        row: the winner; its recipe is None if fewer steps of a scheduler are best.
+        numbers: of the winner on held-out samples.
+        met: whether they meet the goal.
+        tried: everything that was judged, with its numbers.
+        comparison: the winner beside the uncached pipeline and the best of the others, on held-out samples.
+    """
+
+    row: Row
+    numbers: dict[str, Any]
+    met: bool
+    tried: list[dict[str, Any]]
+    comparison: Comparison
+
+
+class Unreachable(ValueError):
+    """No plan meets the budget; the line says what is the best in reach."""
+
+
+def tune(
+    pipe: Any,
+    goal: Goal,
+    setup: Setup | None = None,
+    *,
+    schedulers: Sequence[str] = ("own",),
+    steps: Sequence[int] = (),
+    against: str = OWN,
+    solution: int | None = None,
+    effort: Effort | None = None,
+    out: str | Path | None = None,
+    look: Look | None = None,
+    model: str = "",
+    progress: Progress | None = None,
+) -> Tuned:
+    """Searches scheduler, number of steps and recipe together for a budget, and checks the winner on other samples.
+
+    Args:
+        pipe: a diffusers pipeline without a cache.
+        goal: the budget.
+        setup: steps, guidance and conditions of the uncached pipeline; by default 50 steps.
+        schedulers: keys of `SCHEDULERS`, or names of diffusers' classes: plans are made on top of each.
+        steps: numbers of steps of these plans; by default the setup's.
+        against: what pictures are compared with: the pipeline's `own` uncached ones, or the many-step `solution`.
+        solution: steps of that run; by default ten times the setup's, if it is wanted.
+        effort: how much is drawn.
+        out: folder of the journal; a search that was killed goes on there.
+        look: features for Frechet distances.
+        model: name of the model, for the record.
+        progress: told what is going on.
+
+    Raises:
+        Unreachable: no plan meets the goal; the best in reach is named.
+        ValueError: bad arguments, a journal of another search, a scheduler that plans cannot be made on.
+    """
+    setup, effort = setup or Setup(), effort or Effort()
+    tuner = _Tuner(pipe, goal, setup, schedulers, steps, against, solution, effort, out, look, model, progress)
+    return tuner.run()
+
+
+class _Tuner:
+    def __init__(
+        self,
+        pipe: Any,
+        goal: Goal,
+        setup: Setup,
+        schedulers: Sequence[str],
+        steps: Sequence[int],
+        against: str,
+        solution: int | None,
+        effort: Effort,
+        out: str | Path | None,
+        look: Look | None,
+        model: str,
+        progress: Progress | None,
+    ) -> None:
+        check_uncached(pipe)
+        takes(pipe)
+        if against not in (OWN, SOLUTION):
+            raise ValueError(f"pictures are compared with {OWN} or {SOLUTION}; got {against!r}")
+        if goal.metric == "fd" and look is None:
+            raise ValueError("fd needs features: name a judge")
+        for count in steps:
+            check_int("a plan's steps", count, 3)
+        check_int("steps", setup.num_steps, 3)
+        if against == SOLUTION and solution is None:
+            solution = 10 * setup.num_steps
+        if solution is not None:
+            check_int("the steps of the solution", solution, max([setup.num_steps, *steps]) + 1)
+        if goal.speedup is not None and goal.speedup > setup.num_steps / 2:
+            raise Unreachable(
+                f"a speed-up of {goal.speedup:g} is out of reach: plans compute at least 2 of {setup.num_steps} steps, "
+                f"so that {setup.num_steps / 2:g} is the most"
+            )
+        self.pipe, self.goal, self.setup, self.effort, self.look = pipe, goal, setup, effort, look
+        self.against, self.solution, self.model, self.progress = against, solution, model, progress
+        self.drawn = self.whole = 0.0  # samples, so far and in all
+        self.grids = [
+            (SCHEDULERS.get(name, name), count) for name in schedulers for count in steps or [setup.num_steps]
+        ]
+        for name, _ in self.grids:
+            with scheduled(pipe, name):
+                made_for(pipe, setup)  # a scheduler that does not go with the model is refused now
+        config = {
+            "goal": asdict(goal),
+            "setup": setup.to_dict(),
+            "grids": self.grids,
+            "against": against,
+            "solution": solution,
+            "effort": {k: v for k, v in asdict(effort).items() if k != "seconds"},
+            "model": made_for(pipe, setup),
+        }
+        self.journal = Journal(None if out is None else Path(out), config)
+        self.began = time.perf_counter()
+        self.tried: list[Contender] = []
+        self.planners: dict[int, Predictors] = {}
+        split = _split(setup.conditions)
+        searched = replace(setup, conditions=split[0])
+        self.fitting = searched
+        self.judge = Judge(
+            pipe,
+            replace(searched, seed=setup.seed + 1_000_000),
+            range(effort.judged),
+            batch=effort.batch,
+            solution=solution,
+            against=against,
+            look=look,
+        )
+        self.last = Judge(
+            pipe,
+            replace(setup, seed=setup.seed + 2_000_000, conditions=split[1]),
+            range(effort.held_out),
+            batch=effort.batch,
+            solution=solution,
+            against=against,
+            look=look,
+        )
+
+    # ---- stages -----------------------------------------------------------------------------------------------------
+    def run(self) -> Tuned:
+        self._estimate()
+        for number in range(len(self.grids)):
+            if not self._late() or not self.tried:
+                self._plan(number)
+        self._fewer()
+        self._published()
+        leaders = self._halve()
+        leaders = self._polish(leaders)
+        return self._check(leaders)
+
+    def _estimate(self) -> None:
+        """Draws the first uncached pictures, and says how long everything will take."""
+        began = time.perf_counter()
+        self.judge.score([], 1 / len(self.judge.parts))
+        each = (time.perf_counter() - began) / min(self.effort.batch, self.effort.judged)
+        self.whole = self.effort.runs(self.setup.num_steps, len(self.grids))
+        most = self.effort.seconds
+        limit = "" if most is None else f", but {most:.0f} s of search at most"
+        self._say(f"about {_time(each * self.whole)} ({each:.2f} s a picture){limit}")
+
+    def _say(self, text: str, cost: float = 0.0) -> None:
+        """Tells what comes next, and how many uncached runs of a sample it is like."""
+        if self.progress:
+            self.progress(int(min(self.drawn, self.whole)), int(self.whole), text)
+        self.drawn += cost
+
+    def _late(self) -> bool:
+        return self.effort.seconds is not None and time.perf_counter() - self.began > self.effort.seconds
+
+    def _plan(self, number: int) -> None:
+        """The solver's plans on one scheduler and number of steps: as many computed steps as the goal wants."""
+        scheduler, steps = self.grids[number]
+        self._say(f"recording {self._named(number)}", self.effort.recording(self.grids[number][1]))
+        with scheduled(self.pipe, scheduler):
+            self.planners[number] = self._planner(steps)
+
+        def judged(budget: int) -> Contender:
+            self._say(f"planning {budget} of {self._named(number)}", self.effort.made(budget / steps))
+            return self._score(self._best(number, budget, 0))
+
+        self._meet(judged, 2, steps - 1)
+
+    def _planner(self, steps: int) -> Predictors:
+        effort = self.effort
+        numbers = range(effort.samples + effort.trial)
+        return Predictors(
+            self.pipe,
+            replace(self.fitting, num_steps=steps),
+            numbers[: effort.samples],
+            numbers[effort.samples :],
+            # what the pipeline draws with its own scheduler and steps is followed exactly, all else towards the truth
+            reference=self.solution if self.against == SOLUTION else None,
+        )
+
+    def _meet(self, judged: Callable[[int], Contender], low: int, high: int) -> None:
+        """Judges budgets until the least that keeps the loss, or the largest that keeps the speed, is between two."""
+        if self.goal.speedup is not None:
+            wanted, seen = MARGIN * self.goal.speedup, set[int]()
+            budget = min(high, max(low, int(self.setup.num_steps / self.goal.speedup)))
+            while budget not in seen and low <= budget <= high:
+                seen.add(budget)
+                measured = judged(budget).numbers["speedup"]
+                budget += 1 if measured >= wanted else -max(1, round(budget * (1 - measured / wanted)))
+            return
+        while low <= high:
+            middle = (low + high) // 2
+            if self.goal.met(judged(middle).numbers):
+                high = middle - 1
+            else:
+                low = middle + 1
+
+    def _fewer(self) -> None:
+        """The competitor that costs nothing."""
+        for scheduler in dict.fromkeys(name for name, _ in self.grids):
+            self._say("fewer steps" + (f" of {scheduler}" if scheduler else ""), 2 * self.effort.batch)
+            judged = functools.partial(self._fewer_steps, scheduler)
+            self._meet(judged, 2, self.setup.num_steps - 1)
+
+    def _fewer_steps(self, scheduler: str | None, count: int) -> Contender:
+        return self._score(Contender(fewer(count, scheduler)))
+
+    def _published(self) -> None:
+        def judged(name: str, params: Mapping[str, Any]) -> Mapping[str, Any] | None:
+            if self._late():
+                return None
+            label = f"{name} " + " ".join(f"{v:.3g}" for v in params.values() if not isinstance(v, bool))
+            self._say(label, 2 * self.effort.batch)
+            made = recipe(name, **params)
+            try:
+                return self._score(Contender(Row(label, name, self.setup.num_steps, made))).numbers
+            except ValueError:  # not for this model
+                return None
+
+        if self.effort.methods:
+            published.explore(judged, self.effort.methods, self.goal.loss, seed=0)
+
+    def _halve(self) -> list[Contender]:
+        """Successive halving: all on the first part of the samples (done), the better half on more, and so on."""
+        left = self._ranked(self.tried)
+        for rung in range(2, len(self.judge.parts) + 1):
+            left = left[: max(3, len(left) // 2)]
+            self._say(f"{len(left)} are left", len(left) * self.effort.batch)
+            for contender in left:
+                self._score(contender, rung / len(self.judge.parts))
+            left = self._ranked(left)
+        return left
+
+    def _polish(self, leaders: list[Contender]) -> list[Contender]:
+        """Local search around the best plan."""
+        best = next((c for c in leaders if c.grid is not None), None)
+        if best is None or best.grid is None or not self.effort.tries:
+            return leaders
+        better = self._best(best.grid, _computed(best.row), self.effort.tries)
+        return self._ranked([self._score(better, 1.0), *leaders])
+
+    def _check(self, leaders: Sequence[Contender]) -> Tuned:
+        """The winner on samples that nothing has seen, beside the best of the others."""
+        tried = self._ranked(self.tried)
+        others = [next((c for c in tried if test(c)), None) for test in (_is_fewer, _is_published)]
+        found: Any = None
+        for leader in leaders[:3]:
+            self._say(f"held-out check of {leader.row.label}", 3 * self.effort.held_out)
+            rows = _distinct([leader.row, *(c.row for c in others if c is not None), *self._around(leader)])
+            made = provenance(self.pipe, self.model, self.setup.num_steps, self.setup.guidance_scale, self.effort.batch)
+            made["tried"] = [
+                {"x": c.numbers["speedup"], "y": c.numbers["psnr"], "label": c.row.label}
+                for c in tried
+                if math.isfinite(c.numbers["psnr"])  # what skipped nothing is equal
+            ]
+            made["winner"] = leader.row.label
+            baseline = rows[1].label if len(rows) > 1 else "uncached"
+            names = [str(self.last.setup.condition(self.pipe, j)) for j in range(self.effort.held_out)]
+            comparison, numbers = self.last.compare(rows, names, made, baseline)
+            if found is None or self.goal.rank(numbers[0]) < self.goal.rank(found[1]):
+                found = leader, numbers[0], comparison
+            if self.goal.met(numbers[0]):
+                break
+        contender, best, comparison = found
+        if not self.goal.met(best) and not any(self.goal.met(c.numbers) for c in tried):
+            raise Unreachable(f"nothing reaches {self.goal.text()}; the best here: {_told(contender.row.label, best)}")
+        return Tuned(contender.row, best, self.goal.met(best), [c.to_dict() for c in tried], comparison)
+
+    def _around(self, leader: Contender) -> list[Row]:
+        """Fewer steps that are a little faster, and a little slower."""
+        steps, speed = self.setup.num_steps, leader.numbers["speedup"]
+        counts = (max(1, int(steps / (1.1 * speed))), min(steps - 1, math.ceil(steps / (0.9 * speed))))
+        return [fewer(count) for count in counts]
+
+    # ---- pieces -----------------------------------------------------------------------------------------------------
+    def _named(self, number: int) -> str:
+        scheduler, steps = self.grids[number]
+        return f"{steps} steps" + (f", {scheduler.removesuffix('Scheduler')}" if scheduler else "")
+
+    def _best(self, number: int, budget: int, tries: int) -> Contender:
+        """The solver's plan for a budget; with `tries`, after a local search."""
+        scheduler, steps = self.grids[number]
+        planner = self.planners[number]
+        memo = _Memo(planner, self.journal, f"made {number}")
+
+        def solved() -> dict[str, Any]:
+            def tell(count: int, error: float) -> bool:
+                made = self.effort.made(budget / steps)
+                self._say(f"search {count} of {tries}: {-10 * np.log10(max(error, 1e-12)):.2f} dB", made)
+                return self._late()
+
+            with scheduled(self.pipe, scheduler):
+                found, error = search(memo, budget, max(tries, 1), tried=tell if tries else lambda count, error: True)
+            return {"recipe": found.to_dict(), "error": error}
+
+        found = self.journal(f"plan {number} {budget} {tries}", solved)
+        with scheduled(self.pipe, scheduler):
+            origin = made_for(self.pipe, replace(self.setup, num_steps=steps))
+        recipe = Recipe.from_dict(found["recipe"])
+        costs = planner.costs([k for k in range(steps) if k not in recipe.when.steps])  # type: ignore[attr-defined]
+        told = {"setup": replace(self.setup, num_steps=steps).to_dict(), "solver": {"costs": costs}}
+        recipe = replace(recipe, made_for=origin, provenance=told)
+        label = f"{budget} of {self._named(number)}" + (" *" if tries else "")
+        return Contender(Row(label, SOLVER, steps, recipe, scheduler), grid=number)
+
+    def _score(self, contender: Contender, share: float | None = None) -> Contender:
+        share = share or 1 / len(self.judge.parts)
+        key = f"judge {contender.row.config()} {share:.3f}"
+        contender.numbers = self.journal(key, lambda: self.judge.score([contender.row], share)[0])
+        self.tried = [c for c in self.tried if c.row.label != contender.row.label] + [contender]
+        return contender
+
+    def _ranked(self, contenders: Sequence[Contender]) -> list[Contender]:
+        return sorted(contenders, key=lambda c: self.goal.rank(c.numbers))
+
+
+class _Memo:
+    """A planner whose plans stand in a journal."""
+
+    def __init__(self, planner: Planner, journal: Journal, name: str) -> None:
+        self.planner, self.journal, self.name, self.steps = planner, journal, name, planner.steps
+        self.candidates, self.loss = planner.candidates, planner.loss
+
+    def made(self, computed: Sequence[int], most: float = np.inf) -> tuple[Recipe | None, float]:
+        def made() -> dict[str, Any]:
+            recipe, error = self.planner.made(computed, most)
+            return {"recipe": None if recipe is None else recipe.to_dict(), "error": error}
+
+        found = self.journal(f"{self.name} {list(computed)}", made)
+        return None if found["recipe"] is None else Recipe.from_dict(found["recipe"]), found["error"]
+
+
+def _split(conditions: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:
+    """Conditions to search with and to check with: other ones, if there are four prompts or more."""
+    if len(conditions) < 4 or not isinstance(conditions[0], str):
+        return conditions, conditions
+    return tuple(c for j, c in enumerate(conditions) if j % 4 != 3), conditions[3::4]
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    return list({row.label: row for row in reversed(rows)}.values())[::-1]
+
+
+def _is_fewer(contender: Contender) -> bool:
+    return contender.row.recipe is None
+
+
+def _is_published(contender: Contender) -> bool:
+    return contender.row.recipe is not None and contender.row.method != SOLVER
+
+
+def _computed(row: Row) -> int:
+    return row.steps - len(row.recipe.when.steps)  # type: ignore[union-attr]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _told(label: str, numbers: Mapping[str, Any]) -> str:
+    """Numbers in one line."""
+    close = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("psnr", "ssim", "latent", "fd") if name in numbers)
+    return f"{label}: {numbers['speedup']:.2f}x, {close}"
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+def _pairs(tuned: Tuned) -> np.ndarray:
+    """[2 n, h, w, c] some pictures in pairs, uncached and tuned."""
+    both = [tuned.comparison.pictures[label][:PICTURES] for label in ("uncached", tuned.row.label)]
+    return np.stack(both, 1).reshape(-1, *both[0].shape[1:])
+
+
+def save(tuned: Tuned, goal: Goal, out: str | Path, model: str = "") -> Path:
+    """Writes what was found: the recipe with its model card, the comparison for the report, and `tune.json`."""
+    out = Path(out)
+    tuned.comparison.save(out)
+    whole = {
+        "goal": goal.text(),
+        "met": tuned.met,
+        "winner": tuned.row.config(),
+        "held_out": tuned.numbers,
+        "tried": tuned.tried,
+        "provenance": dict(tuned.comparison.provenance),
+    }
+    (out / FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    if tuned.row.recipe is not None:
+        measured = [result.to_dict() for result in tuned.comparison.results]
+        names = ("label", "speedup", "speedup_low", "speedup_high", "psnr", "ssim", "frechet")
+        rows = [{name: row[name] for name in names if row.get(name) is not None} for row in measured]
+        how = {k: v for k, v in tuned.comparison.provenance.items() if k != "tried"}
+        told: dict[str, Any] = {
+            "goal": goal.text(),
+            "model": model,
+            "scheduler": tuned.row.scheduler,
+            "measured": rows,
+            "made": how,
+        }
+        told = {**tuned.row.recipe.provenance, **told}
+        replace(tuned.row.recipe, provenance=told).save_pretrained(out, grid=_pairs(tuned))
+    return out
