@@ -20,15 +20,15 @@ demo:  ## draw with and without caching, measure, write one page to look at
 	@.venv/bin/dittocache demo $(ARGS)
 
 test:  ## the tests that take seconds
-	$(setup) dev eval train
+	$(setup) dev eval train tune
 	@$(run) -m pytest -m "not slow" $(workers) $(ARGS)
 
 test-all:  ## every test
-	$(setup) dev eval train quantise
+	$(setup) dev eval train tune ray quantise
 	@$(run) -m pytest $(workers) $(ARGS)
 
 check:  ## lint, formatting, types
-	$(setup) dev eval
+	$(setup) dev eval tune
 	@$(run) -m ruff check .
 	@$(run) -m ruff format --check .
 	@$(run) -m mypy
@@ -55,7 +55,7 @@ docs:  ## build the documentation into site/
 	@$(run) -m mkdocs build --strict $(ARGS)
 
 venv:  ## only set up .venv for development
-	$(setup) dev eval train
+	$(setup) dev eval train tune
 
 clean:  ## remove caches and what was built
 	@rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

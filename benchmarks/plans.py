@@ -1,10 +1,12 @@
-"""How good are solved plans on glyphs, against TaylorSeer and fewer steps?
+"""How good are solved plans on glyphs, against TaylorSeer and fewer steps, at equal numbers of computed steps?
 
-    python benchmarks/plans.py
+    python benchmarks/plans.py --threads 1
     python benchmarks/plans.py --budgets 17 --tries 8 --held-out 12        (a quick look)
 
-Errors are measured on some samples, plans are searched on others with other noise, and everything is judged on a third
-set that nothing has seen: mean squared error of the pictures against the uncached ones, in dB.
+Two planners: forecasts (every module held or forecast by a line, whichever was measured to be better) and predictors
+(what the network returns, by least squares). For predictors, also what each part brings: even steps, factors that are
+learned on uncached runs (as L2P does), the path, the local search. What is measured, searched and judged on are
+different samples; mean squared error of the pictures against the uncached ones, in dB.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from dittocache.calibrate.setup import draw
 from dittocache.calibrate.trial import Trial
 from dittocache.evaluate.provenance import provenance
 from dittocache.plan import COMPUTE, Site
-from dittocache.tune import measure, search, solve
+from dittocache.tune import Forecasts, Predictors, measure, search, solve
+from dittocache.tune.forecasts import spread
+from dittocache.tune.learned import learned
 
 HERE = Path(__file__).parent
 
@@ -41,10 +45,10 @@ def computed(recipe: Recipe, steps: int) -> list[int]:
 def even(budget: int, steps: int) -> Recipe:
     """TaylorSeer, order 1, with the interval whose number of computed steps is nearest to the budget."""
     known = [dittocache.recipe("taylorseer", interval=n, order=1) for n in range(1, steps + 1)]
-    return min(known, key=lambda recipe: abs(count(recipe, steps) - budget))
+    return min(known, key=lambda recipe: abs(count_computed(recipe, steps) - budget))
 
 
-def count(recipe: Recipe, steps: int) -> int:
+def count_computed(recipe: Recipe, steps: int) -> int:
     """How many steps a recipe computes."""
     column = [Site("blocks.0.attn", "attention", "blocks", 0, 1, 0)]
     return int((recipe.when.table(steps, column) == COMPUTE).sum())
@@ -54,10 +58,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", nargs="+", type=int, default=[25, 17, 13, 10, 7])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--trial", type=int, default=12)
-    parser.add_argument("--held-out", type=int, default=36)
-    parser.add_argument("--tries", type=int, default=30)
+    parser.add_argument("--samples", type=int, default=8, help="that errors of forecasts are measured on")
+    parser.add_argument(
+        "--fitted", type=int, default=24, help="that predictors are fitted to, and as many for their search"
+    )
+    parser.add_argument("--trial", type=int, default=12, help="of the search of forecasts")
+    parser.add_argument("--held-out", type=int, default=72)
+    parser.add_argument("--tries", type=int, default=20)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "plans.json")
     args = parser.parse_args(argv)
@@ -65,26 +72,40 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     pipe = bundled.load("glyphs")
     pipe.set_progress_bar_config(disable=True)
-    began = time.perf_counter()
-    errors = measure(pipe, Setup(num_steps=args.steps), range(args.samples))
-    seconds = {"measuring": round(time.perf_counter() - began, 1)}
-    trial = Trial(pipe, Setup(num_steps=args.steps, seed=2_000_000), range(args.trial))
-    held_out = Setup(num_steps=args.steps, seed=0)
-    judge = Trial(pipe, held_out, range(args.held_out))
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Any) -> Any:
+        began = time.perf_counter()
+        found = work()
+        seconds[name] = round(time.perf_counter() - began, 1)
+        return found
+
+    setup, trial = Setup(num_steps=args.steps), Setup(num_steps=args.steps, seed=2_000_000)
+    judge = Trial(pipe, Setup(num_steps=args.steps, seed=0), range(args.held_out))
+    errors = timed("forecasts, measuring", lambda: measure(pipe, setup, range(args.samples)))
+    forecasts = Forecasts(errors, Trial(pipe, trial, range(args.trial)))
+    count = 2 * args.fitted
+    predictors = timed(
+        "predictors, recording", lambda: Predictors(pipe, setup, range(args.fitted), range(args.fitted, count))
+    )
     rows = []
     for budget in args.budgets:
-        began = time.perf_counter()
-        found, _ = search(trial, errors, budget, args.tries)
-        seconds[f"search {budget}"] = round(time.perf_counter() - began, 1)
-        fewer = Setup(num_steps=budget, seed=0)
-        drawn = torch.as_tensor(draw(pipe, fewer, range(args.held_out))).double()
+        drawn = torch.as_tensor(draw(pipe, Setup(num_steps=budget, seed=0), range(args.held_out))).double()
+        even_steps = spread(budget, args.steps)
+        searched, _ = timed(f"forecasts, search {budget}", lambda b=budget: search(forecasts, b, args.tries))
+        found, _ = timed(f"predictors, search {budget}", lambda b=budget: search(predictors, b, args.tries))
         row = {
             "budget": budget,
             "fewer steps": db(float((drawn - judge.reference).square().mean())),
             "TaylorSeer, order 1": db(judge.error(even(budget, args.steps))),
-            "computed by TaylorSeer": count(even(budget, args.steps), args.steps),
-            "path": db(judge.error(solve(errors, budget))),
-            "search": db(judge.error(found)),
+            "computed by TaylorSeer": count_computed(even(budget, args.steps), args.steps),
+            "forecasts, path": db(judge.error(solve(errors, budget))),
+            "forecasts, search": db(judge.error(searched)),
+            "learned factors, even steps": db(judge.error(learned(predictors.runs, even_steps))),
+            "predictors, even steps": db(judge.error(predictors.made(even_steps)[0])),
+            "learned factors, path": db(judge.error(learned(predictors.runs, predictors.candidates(budget)[0]))),
+            "predictors, path": db(judge.error(search(predictors, budget, 1)[0])),
+            "predictors, search": db(judge.error(found)),
             "computed": computed(found, args.steps),
         }
         rows.append(row)

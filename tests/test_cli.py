@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import dittocache
 from dittocache.cli import app
 
-COMMANDS = ("demo", "report", "bench", "sample", "calibrate", "train", "methods", "describe", "doctor")
+COMMANDS = ("demo", "report", "bench", "sample", "eval", "tune", "calibrate", "train", "methods", "describe", "doctor")
 
 
 @pytest.fixture(autouse=True)

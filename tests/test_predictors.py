@@ -212,6 +212,18 @@ def test_a_fitted_recipe_draws_what_the_fit_drew(scheduler):
     assert torch.equal(draw(pipe, SETUP, range(4, 8)).double(), plain), "nothing is left behind"
 
 
+def test_half_precision():
+    """A step's change may be smaller than what bfloat16 tells apart in the latents."""
+    pipe = pipeline()
+    pipe.to(torch.bfloat16)
+    planner = Predictors(pipe, SETUP, range(4), range(4, 8))
+    assert planner.runs.latents.dtype == torch.float32
+    recipe, error = planner.made((0, 2, 4, 6))
+    with dittocache.enable(pipe, recipe):
+        assert draw(pipe, SETUP, [0]).isfinite().all()
+    assert error < planner.made((0,))[1]
+
+
 def test_more_computed_steps_lose_less(planner):
     errors = [search(planner, budget, 1)[1] for budget in (2, 4, 6)]
     assert errors[0] > errors[1] > errors[2]

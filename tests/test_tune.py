@@ -131,9 +131,7 @@ def test_candidates(errors):
 def test_the_search_only_gets_better_and_stops(pipe, errors):
     trial = Trial(pipe, Setup(num_steps=STEPS, seed=9, conditions=(1, 2)), range(2))
     starts, seen = candidates(errors, 3), []
-    recipe, error = search(
-        Forecasts(errors, trial), 3, tries=12, tried=lambda count, best: seen.append((count, best))
-    )
+    recipe, error = search(Forecasts(errors, trial), 3, tries=12, tried=lambda count, best: seen.append((count, best)))
     assert error == trial.error(recipe) <= min(trial.error(planned(errors, start)) for start in starts)
     assert len(recipe.when.steps) >= STEPS - 3 and 0 not in recipe.when.steps
     assert [count for count, _ in seen] == list(range(1, len(seen) + 1)) and len(seen) <= 12

@@ -68,8 +68,9 @@ def show_comparison(comparison: Comparison, note: str = "") -> None:
     made = comparison.provenance
     show(table_of(comparison))
     show(f"[bold]{headline(comparison)}[/bold]")
+    count = made.get("samples", len(comparison.labels))
     show(
-        f"{len(comparison.labels)} pictures, {made['steps']} steps, guidance {made['guidance_scale']}; "
+        f"{count} pictures, {made['steps']} steps, guidance {made['guidance_scale']}; "
         f"{made['machine']}, threads: {made['threads']}, load {made['load']}" + (f"; {note}" if note else "")
     )
 

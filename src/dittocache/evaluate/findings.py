@@ -129,9 +129,15 @@ def gain(comparison: Comparison, result: Result, speedup: float | None = None) -
 
 
 def best(comparison: Comparison) -> tuple[Result, float] | None:
-    """The caching row with the largest gain over fewer steps, and the gain in dB."""
-    found = [(r, g) for r in caching_rows(comparison) if (g := gain(comparison, r)) is not None]
+    """The caching row with the largest gain over fewer steps, and the gain in dB; of a search, its winner."""
+    rows = _winner(comparison) or caching_rows(comparison)
+    found = [(r, g) for r in rows if (g := gain(comparison, r)) is not None]
     return max(found, key=lambda pair: pair[1], default=None)
+
+
+def _winner(comparison: Comparison) -> list[Result]:
+    """What a search found, if it is a plan."""
+    return [r for r in caching_rows(comparison) if r.label == comparison.provenance.get("winner")]
 
 
 def headline(comparison: Comparison) -> str:
@@ -139,9 +145,9 @@ def headline(comparison: Comparison) -> str:
 
     A gain counts only if it survives the row's lowest measured speed-up, a loss only if it survives the highest.
     """
-    count, found = len(comparison.labels), best(comparison)
-    if not _fewer_steps(comparison):
-        fastest = max(comparison.results, key=lambda r: r.speedup)
+    count, found = comparison.provenance.get("samples", len(comparison.labels)), best(comparison)
+    if not _fewer_steps(comparison) or (found is None and _winner(comparison)):
+        fastest = max(_winner(comparison) or comparison.results, key=lambda r: r.speedup)
         there = "" if fastest.psnr is None else f", {fastest.psnr:.1f} dB from the originals"
         return f"{count} pictures, drawn up to {fastest.speedup:.1f}× faster: {fastest.label}{there}."
     if found is None:

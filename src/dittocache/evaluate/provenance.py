@@ -9,20 +9,19 @@ import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from ..calibrate.setup import denoiser
 
 
-def provenance(pipe: DiffusionPipeline, model: str, steps: int, guidance_scale: float, chunk: int) -> dict[str, Any]:
+def provenance(pipe: Any, model: str, steps: int, guidance_scale: float, chunk: int) -> dict[str, Any]:
     """Everything that is known of a run, as JSON values."""
-    network = pipe.transformer
+    network = denoiser(pipe)
     parameters = sum(p.numel() for p in network.parameters())
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "model": model,
         "network": f"{type(network).__name__}, {parameters / 1e6:.1f} M parameters, {str(network.dtype)[6:]}",
@@ -36,6 +35,11 @@ def provenance(pipe: DiffusionPipeline, model: str, steps: int, guidance_scale: 
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "versions": versions(),
     }
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def machine(device: torch.device) -> str:

@@ -32,7 +32,7 @@ def learned(runs: Trajectories, computed: Sequence[int], outputs: int = 3, round
     check_int("outputs", outputs, 1)
     check_int("rounds", rounds, 1)
     steps = len(runs)
-    flat = runs.predictions.flatten(1).double()
+    flat = runs.predictions.flatten(1).cpu().double()
     inner = flat @ flat.T / flat.square().sum(1).mean()
     filled = [k for k in range(steps) if k not in computed]
     histories = [sorted((a for a in computed if a < k), reverse=True)[:outputs] for k in filled]

@@ -59,7 +59,7 @@ class _Fitter:
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         k = len(self.factors)
-        self.strays.append(float((sample - self.runs.latents[k])[self.fitted :].double().square().mean()))
+        self.strays.append(float((sample - self.runs.latents[k])[self.fitted :].square().mean()))
         if self.strays[k] > self.most[k]:
             raise _GivenUp
         if k in self.computed:
@@ -67,7 +67,7 @@ class _Fitter:
             self.factors.append([1.0] + [0.0] * (self.outputs - 1))
             return prediction
         after, gain = linear(scheduler, self.history[0], timestep, sample)
-        wanted = self.history[0] + (self.runs.latents[k + 1] - after) / gain
+        wanted = self.history[0].float() + (self.runs.latents[k + 1] - after) / gain
         factors = least_squares([one[: self.fitted] for one in self.history], wanted[: self.fitted])
         self.factors.append([*factors, *[0.0] * (self.outputs - len(factors))])
         return sum(factor * one for factor, one in zip(factors, self.history, strict=True))
@@ -81,10 +81,10 @@ class _GivenUp(Exception):
 
 def least_squares(outputs: Sequence[Tensor], wanted: Tensor) -> list[float]:
     """The factors of outputs, newest first, that come closest to what is wanted; a small ridge towards holding."""
-    columns = torch.stack([one.flatten().double() for one in outputs])
+    columns = torch.stack([one.flatten().cpu().double() for one in outputs])
     inner = columns @ columns.T
-    ridge = RIDGE * inner.diagonal().mean() * torch.eye(len(columns), dtype=torch.float64, device=inner.device)
-    rest = columns @ (wanted.flatten().double() - columns[0])
+    ridge = RIDGE * inner.diagonal().mean() * torch.eye(len(columns), dtype=torch.float64)
+    rest = columns @ (wanted.flatten().cpu().double() - columns[0])
     factors = torch.linalg.solve(inner + ridge, rest)
     factors[0] += 1
     return factors.tolist()
@@ -162,7 +162,7 @@ class Predictors:
                 pictures = torch.as_tensor(draw(self.pipe, self.setup, self.samples))
         except _GivenUp:
             return None, np.inf
-        errors = (pictures - self.runs.pictures)[self.fitted :].double().square().flatten(1).mean(1)
+        errors = (pictures - self.runs.pictures)[self.fitted :].cpu().double().square().flatten(1).mean(1)
         error = float(errors.sqrt().mean() ** 2)
         if 0 < error < most:
             self.seen = error, np.array(fitter.strays)

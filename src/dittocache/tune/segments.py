@@ -18,7 +18,7 @@ RIDGE = 1e-9  # of the matrix's diagonal: neighbouring predictions are nearly pa
 
 def products(runs: Trajectories) -> np.ndarray:
     """[2T + 1, 2T + 1] inner products of latents 0..T and predictions 0..T-1, means over the samples, float64."""
-    parts = torch.cat([runs.latents.flatten(1), runs.predictions.flatten(1)]).double().cpu()
+    parts = torch.cat([runs.latents.flatten(1), runs.predictions.flatten(1)]).cpu().double()
     return (parts @ parts.T).numpy() / runs.latents.shape[1]
 
 

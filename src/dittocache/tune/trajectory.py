@@ -41,7 +41,7 @@ class Trajectories:
     """Runs of some samples.
 
     Attributes:
-        latents: [T + 1, n, ...] what the scheduler is handed at every step, and what it ends with.
+        latents: [T + 1, n, ...] what the scheduler is handed at every step, and what it ends with, in float32.
         predictions: [T, n, ...] what it is handed with it: the network's output after guidance.
         gains: [T] the change of the next latents by a change of the prediction, a factor.
         pictures: [n, ...] what the pipeline makes of the last latents.
@@ -73,8 +73,8 @@ class _Recorder:
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         after, gain = linear(scheduler, prediction, timestep, sample)
-        self.latents.append(sample.detach().clone())
-        self.predictions.append(prediction.detach().clone())
+        self.latents.append(sample.detach().float().clone())
+        self.predictions.append(prediction.detach().float().clone())
         self.gains.append(gain)
         self.last = after
         return prediction
@@ -83,16 +83,16 @@ class _Recorder:
 
 
 def linear(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, float]:
-    """The next latents, and the factor by which a change of the prediction changes them.
+    """The next latents in float32, and the factor by which a change of the prediction changes them.
 
     Raises:
         ValueError: the scheduler draws noise, or does more to a prediction than to add a multiple of it.
     """
+    prediction, sample = prediction.float(), sample.float()  # a step may be less than what half precision tells apart
     after = stepped(scheduler, prediction, timestep, sample)
-    change = (stepped(scheduler, 2 * prediction, timestep, sample) - after).double()
-    wide = prediction.double()
-    gain = float((change * wide).sum() / wide.square().sum())
-    rest = (change - gain * wide).norm() / max(float(change.norm()), 1e-12)
+    change = stepped(scheduler, 2 * prediction, timestep, sample) - after
+    gain = float((change * prediction).sum() / prediction.square().sum())
+    rest = (change - gain * prediction).norm() / max(float(change.norm()), 1e-12)
     if not rest < 1e-2:
         raise ValueError(
             f"{type(scheduler).__name__} draws noise, clips or thresholds: its steps are not linear in the prediction, "
@@ -131,14 +131,14 @@ class _Sampler(_Recorder):
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         if not self.latents:
-            self.latents = [torch.zeros_like(sample) for _ in self.wanted]
-            self.predictions = [torch.zeros_like(prediction) for _ in self.wanted]
+            self.latents = [torch.zeros_like(sample, dtype=torch.float32) for _ in self.wanted]
+            self.predictions = [torch.zeros_like(prediction, dtype=torch.float32) for _ in self.wanted]
         for k, share in enumerate(self.shares[:, len(self.gains)].tolist()):
             if share:
                 self.latents[k] += share * sample
                 self.predictions[k] += share * prediction
         self.gains.append(0.0)
-        self.last = stepped(scheduler, prediction, timestep, sample)
+        self.last = stepped(scheduler, prediction.float(), timestep, sample.float())
         return prediction
 
 
