@@ -408,7 +408,11 @@ class _Tuner:
     # ---- pieces -----------------------------------------------------------------------------------------------------
     def _named(self, number: int) -> str:
         scheduler, steps = self.grids[number]
-        return f"{steps} steps" + (f", {scheduler.removesuffix('Scheduler')}" if scheduler else "")
+        return f"{steps} steps{self._of(scheduler)}"
+
+    @staticmethod
+    def _of(scheduler: str | None) -> str:
+        return f", {scheduler.removesuffix('Scheduler')}" if scheduler else ""
 
     def _best(self, number: int, budget: int, tries: int) -> Contender:
         """The solver's plan for a budget; with `tries`, after a local search."""
@@ -433,7 +437,7 @@ class _Tuner:
         costs = planner.costs([k for k in range(steps) if k not in recipe.when.steps])  # type: ignore[attr-defined]
         told = {"setup": replace(self.setup, num_steps=steps).to_dict(), "solver": {"costs": costs}}
         recipe = replace(recipe, made_for=origin, provenance=told)
-        label = f"{budget} of {self._named(number)}" + (" *" if tries else "")
+        label = f"plan {budget}/{steps}" + self._of(scheduler) + (", searched" if tries else "")
         return Contender(Row(label, SOLVER, steps, recipe, scheduler), grid=number)
 
     def _score(self, contender: Contender, share: float | None = None) -> Contender:
