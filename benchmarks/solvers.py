@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--samples", type=int, default=24, help="that predictors are fitted to, and as many for the search"
     )
-    parser.add_argument("--held-out", type=int, default=72)
-    parser.add_argument("--tries", type=int, default=20)
+    parser.add_argument("--held-out", type=int, default=48)
+    parser.add_argument("--tries", type=int, default=12)
     parser.add_argument("--solution", type=int, default=500)
-    parser.add_argument("--followed", type=int, default=300, help="steps of the solution that predictors are fitted to")
+    parser.add_argument("--followed", type=int, default=250, help="steps of the solution that predictors are fitted to")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "solvers.json")
     args = parser.parse_args(argv)

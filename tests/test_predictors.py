@@ -25,7 +25,7 @@ from dittocache.plan import Site
 from dittocache.tune import Predictors, search, shortest
 from dittocache.tune.predictor import least_squares
 from dittocache.tune.segments import carried, products, strays
-from dittocache.tune.trajectory import angles, record, solution, stepped
+from dittocache.tune.trajectory import angles, finest, record, solution, stepped
 from dittocache.when import ReuseSteps
 
 STEPS = 8
@@ -81,17 +81,42 @@ def test_schedulers_that_are_not_linear_are_refused(scheduler):
 
 
 def test_a_solution_follows_a_finer_run_at_the_same_noise_levels(pipe):
-    """With three times the steps in the trailing spacing, every third latents are the finer run's own."""
+    """With five times the steps in the trailing spacing, every fifth latents are the finer run's own."""
     pipe = tiny.pipeline(scheduler=DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
     setup = Setup(num_steps=5, guidance_scale=1.5, seed=3, conditions=(1, 2))
-    fine = record(pipe, Setup(num_steps=15, guidance_scale=1.5, seed=3, conditions=(1, 2)), [0, 1])
-    found = solution(pipe, setup, [0, 1], 15)
-    # timesteps 999, 799, ... of 999, 932 (999 - 66.7), ...: the levels agree up to a timestep's rounding
-    assert torch.allclose(found.latents[:-1], fine.latents[:-1:3], atol=2e-2)
+    fine = record(pipe, Setup(num_steps=25, guidance_scale=1.5, seed=3, conditions=(1, 2)), [0, 1])
+    found = solution(pipe, setup, [0, 1], 25)
+    assert torch.allclose(found.latents[:-1], fine.latents[:-1:5], atol=1e-5)
     assert torch.equal(found.latents[-1], fine.latents[-1]) and torch.equal(found.pictures, fine.pictures)
     assert torch.allclose(found.gains, record(pipe, setup, [0]).gains)
     with pytest.raises(ValueError, match="the steps of a reference solution must be a whole number, 6 or more; got 5"):
         solution(pipe, setup, [0], 5)
+    with pytest.raises(
+        ValueError, match=r"DDIMScheduler cannot divide its 1000 timesteps into 300: .* may have 100, 125, "
+    ):
+        solution(pipe, setup, [0], 300)
+
+
+def test_how_fine_a_solution_is():
+    ddim, unipc = DDIMScheduler(), UniPCMultistepScheduler()
+    assert [finest(ddim, steps) for steps in (12, 30, 50, 100, 200)] == [125, 500, 500, 1000, 1000]
+    assert finest(unipc, 30) == 300
+
+
+def test_between_two_levels_a_solution_is_interpolated():
+    """UniPC's levels of four and of nine steps are others; what lies between two is not further than they are."""
+    pipe = pipeline(UniPCMultistepScheduler)
+    setup = Setup(num_steps=4, guidance_scale=1.5, seed=3, conditions=(1, 2))
+    fine = record(pipe, Setup(num_steps=9, guidance_scale=1.5, seed=3, conditions=(1, 2)), [0, 1])
+    found = solution(pipe, setup, [0, 1], 9)
+    pipe.scheduler.set_timesteps(9)
+    levels = angles(pipe.scheduler)
+    pipe.scheduler.set_timesteps(4)
+    for k, angle in enumerate(angles(pipe.scheduler)):
+        after = int((levels > angle).sum())
+        share = float((levels[after - 1] - angle) / (levels[after - 1] - levels[after])) if after else 0.0
+        wanted = fine.latents[0] if not after else (1 - share) * fine.latents[after - 1] + share * fine.latents[after]
+        assert torch.allclose(found.latents[k], wanted, atol=1e-4)
 
 
 def test_angles_fall(pipe):

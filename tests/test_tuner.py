@@ -152,10 +152,10 @@ def test_numbers_of_a_row_are_those_of_its_pictures(pipe):
 
 def test_both_references(pipe):
     setup = replace(SETUP, seed=50)
-    (own,) = Judge(pipe, setup, range(2), solution=60).score([fewer(8)])
-    (against,) = Judge(pipe, setup, range(2), solution=60, against="solution").score([fewer(8)])
+    (own,) = Judge(pipe, setup, range(2), solution=100).score([fewer(8)])
+    (against,) = Judge(pipe, setup, range(2), solution=100, against="solution").score([fewer(8)])
     assert own["psnr"] == against["psnr own"] and own["psnr solution"] == against["psnr"]
-    truth = draw(pipe, replace(setup, num_steps=60), range(2)).double()
+    truth = draw(pipe, replace(setup, num_steps=100), range(2)).double()
     drawn = draw(pipe, replace(setup, num_steps=8), range(2)).double()
     assert against["psnr"] == pytest.approx(-10 * float((drawn - truth).square().mean().log10()), abs=1e-3)
 
@@ -246,7 +246,7 @@ def test_a_least_speedup_and_its_files(pipe, tmp_path):
 def test_other_schedulers_and_steps_are_searched_together(pipe):
     effort = replace(EFFORT, methods=0, tries=0)
     found = tune(
-        pipe, GOAL, SETUP, schedulers=["own", "unipc"], steps=[12, 8], against="solution", solution=48,
+        pipe, GOAL, SETUP, schedulers=["own", "unipc"], steps=[12, 8], against="solution", solution=50,
         effort=effort,
     )  # fmt: skip
     plans = {(one["scheduler"], one["steps"]) for one in found.tried if one["method"] == "solver"}

@@ -58,7 +58,8 @@ def tune(
         typer.Option(help="Pictures are compared with the pipeline's own ones, or with those of a many-step solution."),
     ] = "own",
     solution: Annotated[
-        int | None, typer.Option(help="Steps of that solution.", show_default="ten times --steps, where it is wanted")
+        int | None,
+        typer.Option(help="Steps of that solution.", show_default="about ten times --steps, where it is wanted"),
     ] = None,
     samples: Annotated[int, typer.Option(help="Pictures that predictors are fitted to, all at once.")] = 24,
     trial: Annotated[int, typer.Option(help="Others that plans are searched on.")] = 24,

@@ -153,12 +153,36 @@ def solution(pipe: Any, setup: Setup, samples: Sequence[int], many: int) -> Traj
     the sampler's differential equation, which shorter runs only approximate.
 
     Raises:
-        ValueError: as in `record`; or not more steps than the setup has.
+        ValueError: as in `record`; or not more steps than the setup has, or a number that the scheduler cannot divide.
     """
     check_int("the steps of a reference solution", many, setup.num_steps + 1)
+    check_divides(pipe.scheduler, many)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(setup.num_steps)
     gains = record(pipe, setup, samples[:1]).gains
     with observed(pipe, _Sampler(wanted=angles(scheduler))) as seen:
         pictures = draw(pipe, replace(setup, num_steps=many), samples)
     return Trajectories(torch.stack([*seen.latents, seen.last]), torch.stack(seen.predictions), gains, pictures)
+
+
+def check_divides(scheduler: Any, many: int) -> None:
+    """Raises a ValueError where so many steps are no solution.
+
+    DDIM and its like go from a timestep to the one N // steps lower, whatever the next one is: with 300 of 1,000 steps
+    a tenth of the way is missing.
+    """
+    trained = int(scheduler.config.get("num_train_timesteps", many))
+    if getattr(scheduler, "sigmas", None) is None and trained % many:
+        fitting = ", ".join(str(n) for n in range(1, trained + 1) if trained % n == 0 and n >= many / 4)
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot divide its {trained} timesteps into {many}: "
+            f"a solution may have {fitting}"
+        )
+
+
+def finest(scheduler: Any, steps: int) -> int:
+    """Steps of a solution: ten times as many, or what the scheduler can divide its timesteps into from there on."""
+    trained = int(scheduler.config.get("num_train_timesteps", 10 * steps))
+    if getattr(scheduler, "sigmas", None) is not None:
+        return 10 * steps
+    return next((n for n in range(10 * steps, trained) if trained % n == 0), trained)

@@ -26,6 +26,7 @@ from .journal import Journal
 from .judge import OWN, SOLUTION, Judge
 from .predictor import Predictors
 from .search import Planner, search
+from .trajectory import check_divides, finest
 
 SCHEDULERS = {
     "own": None,
@@ -161,7 +162,7 @@ def tune(
         schedulers: keys of `SCHEDULERS`, or names of diffusers' classes: plans are made on top of each.
         steps: numbers of steps of these plans; by default the setup's.
         against: what pictures are compared with: the pipeline's `own` uncached ones, or the many-step `solution`.
-        solution: steps of that run; by default ten times the setup's, if it is wanted.
+        solution: steps of that run; by default about ten times the setup's, if it is wanted.
         effort: how much is drawn.
         out: folder of the journal; a search that was killed goes on there.
         look: features for Frechet distances.
@@ -203,7 +204,7 @@ class _Tuner:
             check_int("a plan's steps", count, 3)
         check_int("steps", setup.num_steps, 3)
         if against == SOLUTION and solution is None:
-            solution = 10 * setup.num_steps
+            solution = finest(pipe.scheduler, setup.num_steps)
         if solution is not None:
             check_int("the steps of the solution", solution, max([setup.num_steps, *steps]) + 1)
         if goal.speedup is not None and goal.speedup > setup.num_steps / 2:
@@ -220,6 +221,8 @@ class _Tuner:
         for name, _ in self.grids:
             with scheduled(pipe, name):
                 made_for(pipe, setup)  # a scheduler that does not go with the model is refused now
+                if solution is not None:
+                    check_divides(pipe.scheduler, solution)
         config = {
             "goal": asdict(goal),
             "setup": setup.to_dict(),
