@@ -742,7 +742,6 @@ def untouched(pipe, tmp_path):
         ("eoc", 0, {}, {}, "samples must be a whole number, 1 or more; got 0"),
         ("eoc", -1, {}, {}, "samples must be a whole number, 1 or more; got -1"),
         ("eoc", True, {}, {}, "samples must be a whole number, 1 or more; got True"),
-        ("eoc", None, {}, {}, "samples must be a whole number, 1 or more; got None"),
         ("eoc", 2.5, {}, {}, "samples must be a whole number, 1 or more; got 2.5"),
         ("eoc", "3", {}, {}, "samples must be a list of whole numbers; got '3'"),
         ("eoc", [], {}, {}, "samples are one or more different numbers from 0; got []"),

@@ -47,6 +47,7 @@ class Calibrator:
         streams: of a block's or stack's changes, that in the sample's stream alone ("main"), or all as one ("all").
         keeps_inputs: their inputs are wanted, too.
         once: every sample must be one row of one network call a step; others count what they see.
+        usual: samples that are enough, as a rule.
         needs_samples: False if these parameters make a recipe of the weights alone.
     """
 
@@ -56,6 +57,7 @@ class Calibrator:
     streams: ClassVar[str] = "main"
     keeps_inputs: ClassVar[bool] = False
     once: ClassVar[bool] = True
+    usual: ClassVar[int] = 64
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -32,6 +32,7 @@ class CalibrateDPCache(Calibrator):
 
     method = "dpcache"
     where = "stack"
+    usual = 10
 
     budget: Annotated[int, Int(1, help="K, steps that are computed")] = 13
     order: Order = 2

@@ -36,6 +36,7 @@ class CalibrateLeMiCa(Calibrator):
     """
 
     method = "lemica"
+    usual = 2  # every segment is drawn for each
 
     budget: Annotated[int, Int(2, help="B, steps that are computed, the first and the last among them")] = 17
     max_gap: Annotated[

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def calibrate(
     pipe: Any,
     method: str,
-    samples: int | Sequence[int] = 64,
+    samples: int | Sequence[int] | None = None,
     setup: Setup | None = None,
     *,
     out: str | Path | None = None,
@@ -43,7 +43,7 @@ def calibrate(
         pipe: a diffusers pipeline without a cache.
         method: one that is calibrated: block-caching, dpcache, eb-cache, eoc, goc, icc, lemica, magcache,
             teacache.
-        samples: how many, or their numbers.
+        samples: how many, or their numbers; by default as many as are enough for the method, as a rule.
         setup: how they are drawn.
         out: folder for the statistics and the recipe. Statistics are written after every batch, and what is there
             already is not recorded again.
@@ -59,6 +59,7 @@ def calibrate(
             statistics of other settings, or what was recorded is not finite.
     """
     setup, calibrator = setup or Setup(), make(method, params)
+    samples = calibrator.usual if samples is None else samples
     statistics = record(pipe, calibrator, samples, setup, out=out, batch=batch, progress=progress)
     found = fit(pipe, calibrator, statistics, setup)
     if out is not None:

@@ -88,6 +88,17 @@ def print_json(data: Any) -> None:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ... By default a GPU if there is one.")]
 Model = Annotated[str, typer.Option(help="A bundled model: glyphs (characters) or emoji (from texts).")]
+Pipe = Annotated[
+    str, typer.Argument(metavar="PIPE", help="A bundled model, the folder of a saved pipeline, or a name on the Hub.")
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Strength of classifier-free guidance.", show_default="the pipeline's own")
+]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(help="A class number or prompt; may be given several times.", show_default="all that it knows"),
+]
+Prompts = Annotated[Path | None, typer.Option(help="A text file with a prompt in every line.")]
 Params = Annotated[
     list[str] | None,
     typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the method; may be given several times."),

@@ -41,7 +41,10 @@ def calibrate(
         typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the calibration; --parameters lists."),
     ] = None,
     model: Annotated[str, typer.Option(help="A bundled model, or the folder of a saved pipeline.")] = MODEL,
-    samples: Annotated[int, typer.Option(min=0, help="How many pictures are drawn uncached.")] = 64,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=0, help="How many pictures are drawn uncached.", show_default="64; dpcache 10, lemica 2"),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Strength of classifier-free guidance; 1 for none.")] = 1.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up.")] = 1_000_000,
@@ -89,7 +92,8 @@ def calibrate(
         if merge:
             made = run.merged(pipe, calibrator, merge, setup, out)
         else:
-            numbers = run.shard(samples, shard) if shard else samples
+            count = calibrator.usual if samples is None else samples
+            numbers = run.shard(count, shard) if shard else count
             with progress_bar("drawing") as progress:
                 made = run.calibrate(pipe, method, numbers, setup, out=out, batch=batch, progress=progress, **values)
     if as_json:

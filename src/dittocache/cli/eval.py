@@ -10,8 +10,12 @@ import typer
 
 from .base import (
     MODEL,
+    Conditions,
     Device,
+    Guidance,
     Json,
+    Pipe,
+    Prompts,
     app,
     device_named,
     examples,
@@ -40,10 +44,7 @@ if TYPE_CHECKING:
     ),
 )
 def evaluate(
-    pipe: Annotated[
-        str,
-        typer.Argument(metavar="PIPE", help="A bundled model, the folder of a saved pipeline, or a name on the Hub."),
-    ] = MODEL,
+    pipe: Pipe = MODEL,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,14 +60,9 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of the uncached row.")] = 50,
     samples: Annotated[int, typer.Option(min=2, help="How many pictures every row draws.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the others count up.")] = 0,
-    guidance: Annotated[
-        float | None, typer.Option(help="Strength of classifier-free guidance.", show_default="the pipeline's own")
-    ] = None,
-    condition: Annotated[
-        list[str] | None,
-        typer.Option(help="A class number or prompt; may be given several times.", show_default="all that it knows"),
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt in every line.")] = None,
+    guidance: Guidance = None,
+    condition: Conditions = None,
+    prompts: Prompts = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(

@@ -7,7 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from .base import MODEL, Device, Json, app, device_named, examples, need_extras, print_json, usage_errors
+from .base import (
+    MODEL,
+    Conditions,
+    Device,
+    Guidance,
+    Json,
+    Pipe,
+    Prompts,
+    app,
+    device_named,
+    examples,
+    need_extras,
+    print_json,
+    usage_errors,
+)
 from .eval import _asked
 
 
@@ -22,10 +36,7 @@ from .eval import _asked
     )
 )
 def tune(
-    pipe: Annotated[
-        str,
-        typer.Argument(metavar="PIPE", help="A bundled model, the folder of a saved pipeline, or a name on the Hub."),
-    ] = MODEL,
+    pipe: Pipe = MODEL,
     max_loss: Annotated[
         str | None,
         typer.Option(metavar="MEASURE>=VALUE", help="The fastest plan with psnr>=, ssim>=, latent<= or fd<= a value."),
@@ -35,14 +46,9 @@ def tune(
     ] = None,
     metric: Annotated[str, typer.Option(help="What --min-speedup keeps close: psnr, ssim, latent or fd.")] = "psnr",
     steps: Annotated[int, typer.Option(min=3, max=1000, help="Denoising steps of the uncached pipeline.")] = 50,
-    guidance: Annotated[
-        float | None, typer.Option(help="Strength of classifier-free guidance.", show_default="the pipeline's own")
-    ] = None,
-    condition: Annotated[
-        list[str] | None,
-        typer.Option(help="A class number or prompt; may be given several times.", show_default="all that it knows"),
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt in every line.")] = None,
+    guidance: Guidance = None,
+    condition: Conditions = None,
+    prompts: Prompts = None,
     scheduler: Annotated[
         list[str] | None,
         typer.Option(

@@ -38,6 +38,7 @@ SCHEDULERS = {
 SOLVER = "solver"  # as the method of rows
 FILE = "tune.json"
 PICTURES = 8  # on the model card
+CHECKS = 4  # plans that are drawn with held-out samples, at most
 MARGIN = 1.05  # of speed, so that something is left that meets the goal when it is measured again
 Progress = Callable[[int, int, str], None]  # samples drawn, about how many in all, what is going on
 
@@ -380,7 +381,9 @@ class _Tuner:
         tried = self._ranked(self.tried)
         others = [next((c for c in tried if test(c)), None) for test in (_is_fewer, _is_published)]
         found: Any = None
-        for leader in leaders[:3]:
+        queue = list(leaders[:CHECKS])
+        for _ in range(CHECKS):
+            leader = queue.pop(0)
             self._say(f"held-out check of {leader.row.label}", 3 * self.effort.held_out)
             rows = _distinct([leader.row, *(c.row for c in others if c is not None), *self._around(leader)])
             made = provenance(self.pipe, self.model, self.setup.num_steps, self.setup.guidance_scale, self.effort.batch)
@@ -395,12 +398,23 @@ class _Tuner:
             comparison, numbers = self.last.compare(rows, names, made, baseline)
             if found is None or self.goal.rank(numbers[0]) < self.goal.rank(found[1]):
                 found = leader, numbers[0], comparison
-            if self.goal.met(numbers[0]):
+            if self.goal.met(numbers[0]) or not queue:
                 break
+            if leader.grid is not None:
+                queue.insert(0, self._safer(leader, leader.grid, numbers[0]))
         contender, best, comparison = found
         if not self.goal.met(best) and not any(self.goal.met(c.numbers) for c in tried):
             raise Unreachable(f"nothing reaches {self.goal.text()}; the best here: {_told(contender.row.label, best)}")
         return Tuned(contender.row, best, self.goal.met(best), [c.to_dict() for c in tried], comparison)
+
+    def _safer(self, leader: Contender, grid: int, numbers: Mapping[str, Any]) -> Contender:
+        """A plan that should pass where this one failed: of fewer computed steps if it was slow, else of more."""
+        budget = _computed(leader.row)
+        if self.goal.speedup is not None:
+            budget = max(2, min(budget - 1, int(budget * numbers["speedup"] / self.goal.speedup)))
+        else:
+            budget = min(leader.row.steps - 1, budget + max(1, budget // 10))
+        return self._score(self._best(grid, budget, self.effort.tries), 1.0)
 
     def _around(self, leader: Contender) -> list[Row]:
         """Fewer steps that are a little faster, and a little slower."""
