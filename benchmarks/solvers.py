@@ -58,12 +58,12 @@ def told(errors: list[float]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", nargs="+", type=int, default=[17, 13, 10, 7])
-    parser.add_argument("--grids", nargs="+", default=["own:50", "unipc:30"], help="SCHEDULER:STEPS of the plans")
+    parser.add_argument("--grids", nargs="+", default=["own:50"], help="SCHEDULER:STEPS of the plans")
     parser.add_argument(
         "--samples", type=int, default=24, help="that predictors are fitted to, and as many for the search"
     )
     parser.add_argument("--held-out", type=int, default=48)
-    parser.add_argument("--tries", type=int, default=12)
+    parser.add_argument("--tries", type=int, default=8)
     parser.add_argument("--solution", type=int, default=500)
     parser.add_argument("--followed", type=int, default=250, help="steps of the solution that predictors are fitted to")
     parser.add_argument("--threads", type=int)

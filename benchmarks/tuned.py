@@ -38,25 +38,25 @@ STEPS, SPEEDS = 50, ("2x", "3x", "4x")
 SLACK = 0.97
 # parameters of methods that need nothing
 FREE: dict[str, list[dict[str, Any]]] = {
-    "fora": [{"interval": n} for n in (3, 4, 5)],
+    "fora": [{"interval": n} for n in (3, 4)],
     "taylorseer": [{"interval": n, "order": o} for n in (3, 4, 5, 6) for o in (1, 2)],
-    "goc": [{"interval": n, "eta": eta, "computed_only": True} for n in (3, 4, 5) for eta in (0.5, 1.0)],
+    "goc": [{"interval": n, "eta": 0.5, "computed_only": True} for n in (3, 4, 5)],
     "toca": [{"interval": 6}],
-    "duca": [{"interval": n} for n in (4, 6)],
-    "fbcache": [{"threshold": x} for x in (0.1, 0.2, 0.4)],
-    "dicache": [{"threshold": x} for x in (0.2, 0.5, 1.0)],
+    "duca": [{"interval": 4}],
+    "fbcache": [{"threshold": x} for x in (0.15, 0.3)],
+    "dicache": [{"threshold": x} for x in (0.2, 0.5)],
     "pab": [{"interval": 4}],
 }
 # calibrated on so many samples; one recipe for every setting of the fit
 CALIBRATED: dict[str, tuple[int, list[dict[str, Any]]]] = {
-    "eoc": (16, [{"interval": n} for n in (3, 4)]),
+    "eoc": (16, [{"interval": 3}]),
     "icc": (16, [{"period": 2, "rank": 64}]),
-    "magcache": (8, [{"threshold": x, "max_skip": m} for x, m in ((0.06, 3), (0.2, 4), (0.5, 6))]),
-    "teacache": (8, [{"threshold": x} for x in (0.05, 0.1, 0.2)]),
-    "dpcache": (8, [{"budget": n, "order": o} for n in (23, 16, 13, 11) for o in (1, 2)]),
-    "lemica": (1, [{"budget": n} for n in (23, 16, 13, 11)]),
+    "magcache": (8, [{"threshold": x, "max_skip": m} for x, m in ((0.1, 3), (0.3, 5))]),
+    "teacache": (8, [{"threshold": x} for x in (0.1, 0.2)]),
+    "dpcache": (8, [{"budget": n, "order": o} for n in (23, 16, 12) for o in (1, 2)]),
+    "lemica": (1, [{"budget": n} for n in (23, 16, 12)]),
 }
-PLANNED = (23, 16, 13, 11)  # computed steps of the L2P-style rows
+PLANNED = (23, 16, 12)  # computed steps of the L2P-style rows
 
 
 def published(pipe: Any, only: list[str] | None) -> Iterator[Row]:
@@ -82,8 +82,8 @@ def published(pipe: Any, only: list[str] | None) -> Iterator[Row]:
             even = tuple(n * STEPS // budget for n in range(budget))
             yield Row(f"L2P-style({budget} of {STEPS})", "L2P-style", STEPS, learned(runs, even))
     if only is None or "ECAD-style" in only:
-        front = evolve(Trial(pipe, setup, range(8)), genes="kind", population=12, generations=1000, seconds=120)
-        for speed in (2, 3, 4):
+        front = evolve(Trial(pipe, setup, range(8)), genes="kind", population=12, generations=1000, seconds=90)
+        for speed in (2, 3):
             found = min(front, key=lambda c: abs(1 / c.compute - 1.15 * speed))
             yield Row(f"ECAD-style({found.compute:.2f} of the FLOPs)", "ECAD-style", STEPS, found.recipe)
 
@@ -96,7 +96,7 @@ def verdict(results: list[dict[str, Any]], speed: str) -> dict[str, Any]:
     """The tuned row of a speed, and the best published rows that are as fast: by squared error, and by distance."""
     ours = next(r for r in results if r["label"] == f"tuned {speed}")
     methods = [r for r in results if r["method"] not in ("tuned", "uncached", "fewer steps")]
-    fast = [r for r in methods if r["speedup"] >= SLACK * ours["speedup"]]
+    fast = [r for r in methods if r["speedup"] >= SLACK * ours["speedup"] and r["psnr"] != "inf"]
     told: dict[str, Any] = {"tuned": short(ours), "asked": float(speed[:-1])}
     if fast:
         best, near = max(fast, key=lambda r: r["psnr"]), min(fast, key=lambda r: r["frechet"])
@@ -116,7 +116,7 @@ def short(row: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=36)
+    parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", help="methods")

@@ -1064,7 +1064,7 @@ def test_recipes_say_what_they_are_for_and_how_they_were_made_and_survive_a_fold
     assert all(torch.equal(p, pictures[0]) for p in pictures)
     assert tiny.relative(pictures[0], plain_draw(pipe, SETUP, [7, 8])) > 1e-4
     assert {p.name for p in tmp_path.iterdir()} <= {
-        "recipe.json", "recipe.safetensors", "statistics.json", "statistics.safetensors"
+        "README.md", "recipe.json", "recipe.safetensors", "statistics.json", "statistics.safetensors"
     }  # fmt: skip
     assert json.loads((tmp_path / "statistics.json").read_text())["samples"] == [0, 1, 2]
 

@@ -203,6 +203,27 @@ def test_linear():
         fill.fill(entry(1.0), at._replace(step=4))
 
 
+@pytest.mark.parametrize("where", ["model", "module"])
+def test_a_computed_step_is_corrected_as_well(where):
+    """What the network returned counts for later steps; what it hands on is its own output times a factor."""
+    network = tiny.dit()
+    x = tiny.latents(network)
+    plain = [tiny.predict(network, x, 900 - 100 * k) for k in range(2)]
+    table = ((1.0, 0.0), (0.25, 0.5), (2.0, -1.0))
+    recipe = Recipe(ReuseSteps((2,)), where=where, fill=Linear(table))
+    with dittocache.enable(network, recipe) as cache, cache.run(3):
+        found = []
+        for k in range(3):
+            cache.step(k)
+            found.append(tiny.predict(network, x, 900 - 100 * k))
+    assert torch.equal(found[0], plain[0]), "a row 1, 0 hands on the very output"
+    if where == "model":
+        assert torch.allclose(found[1], 0.25 * plain[1] + 0.5 * plain[0], atol=1e-6)
+        assert torch.allclose(found[2], 2 * plain[1] - plain[0], atol=1e-5)
+    else:
+        assert not torch.allclose(found[1], plain[1], atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

@@ -143,6 +143,7 @@ class Forward:
             self.row[j] = COMPUTE
             self._keep(j, output, signature=signature)
             self.run.record(j, COMPUTE)
+            output = self._mixed(j, output)
         return output
 
     # ---- blocks -----------------------------------------------------------------------------------------------------
@@ -461,14 +462,19 @@ class Forward:
                 self.selection.image(j, entry)  # if that is not known, it is said before anything is skipped
             self.run.record(j, COMPUTE)
             entry.ages = None
-            if self.recipe.fill.mixes:
-                output = streams.unpack(self.recipe.fill.mix(entry, pack(output), self._at(j, inputs)), entry.form)
-            return output
+            return self._mixed(j, output, inputs)
         if code == REUSE:
             self.run.record(j, REUSE)
             together = all(self.row[i] in (REUSE, None) for i in self.attachment.mates[j])
             return streams.unpack(self.filled(j, inputs, together), entry.form)
         return self._tokens.partial(j, code, original, args, kwargs)
+
+    def _mixed(self, j: int, output: Any, inputs: Any = None) -> Any:
+        """What a computed site hands on."""
+        if not self.recipe.fill.mixes:
+            return output
+        entry = self.entry(j)
+        return streams.unpack(self.recipe.fill.mix(entry, pack(output), self._at(j, inputs)), entry.form)
 
     def mute(
         self, fed: tuple[int, nn.Module, int | None], original: Callable[..., Any], args: Args, kwargs: Kwargs

@@ -6,23 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..parts import check_number, show
+from .base import At, Entry, Features
 from .taylor import Forecast
 
 
 @dataclass(frozen=True)
 class Linear(Forecast):
-    """The last outputs times factors of the step: sum_i c[k, i] F[i], fitted by least squares (`tune.fitted`).
+    """The last outputs times factors of the step: sum_i c[k, i] F[i], fitted by least squares (`tune.Predictors`).
 
-    Published relative: L2P (arXiv 2604.26365) learns such factors by gradient descent.
+    At a computed step the newest output is that step's own, so that what is handed on can be corrected there, too; by
+    a row 1, 0, ... it is not. Published relative: L2P (arXiv 2604.26365) learns factors of filled steps by gradient
+    descent.
 
     Args:
-        coefficients: [T, H], newest output first; rows of computed steps are not read. Outputs that are not there yet
-            have the factor 0.
+        coefficients: [T, H], newest output first. Outputs that are not there yet have the factor 0.
     """
 
     coefficients: tuple[tuple[float, ...], ...] = ((1.0,),)
 
     name = "linear"
+    mixes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,3 +50,6 @@ class Linear(Forecast):
                 "dittocache.tune.resample makes some for other steps"
             )
         return list(self.coefficients[at_step][: len(steps)])
+
+    def mix(self, entry: Entry, value: Features, at: At) -> Features:
+        return self.fill(entry, at)

@@ -3,6 +3,7 @@
 A predictor that is fitted on uncached runs does not know where cached ones end up. So the cached run is drawn, all
 samples at once, beside their uncached ones, and the factors of every step are fitted when it gets there. Wanted is the
 prediction that takes the latents back to where the uncached run stands at the next step, so that errors do not pile up.
+What a computed step hands on is fitted as well: the newest output is its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ POWERS = (1.0, 0.5, 0.25)  # of a segment's cost: less than 1 spreads errors, as
 
 @dataclass
 class _Fitter:
-    """A clock that fits and hands out the predictions of filled steps.
+    """A clock that fits and hands out the predictions of every step.
 
     Args:
         runs: where the latents are wanted.
@@ -64,8 +65,6 @@ class _Fitter:
             raise _GivenUp
         if k in self.computed:
             self.history = [prediction, *self.history[: self.outputs - 1]]
-            self.factors.append([1.0] + [0.0] * (self.outputs - 1))
-            return prediction
         after, gain = linear(scheduler, self.history[0], timestep, sample)
         wanted = self.history[0].float() + (self.runs.latents[k + 1] - after) / gain
         factors = least_squares([one[: self.fitted] for one in self.history], wanted[: self.fitted])
@@ -134,7 +133,7 @@ class Predictors:
         plain = self.runs.pictures if reference is None else None
         found = weights(pipe, setup, self.samples, batch=len(self.samples), plain=plain)
         carry = carried(found, self.runs.gains.numpy(), self.runs.pictures[0].numel())
-        self.edges = strays(products(self.runs), longest) * carry[:, None, None]
+        self.edges = strays(products(self.runs), longest, reference is None) * carry[:, None, None]
         self.seen: tuple[float, np.ndarray] | None = None  # error and strays of the best run
         self.paths = [*(shortest(self.edges**power) for power in POWERS), shortest(self.edges, "max")]
 
@@ -143,15 +142,19 @@ class Predictors:
         return list(dict.fromkeys(paths.steps(budget) for paths in self.paths))
 
     def loss(self, computed: Sequence[int]) -> float:
-        return sum(self.costs(computed))
+        return float(sum(self.edges[at] for at in self._segments(computed)))
 
     def costs(self, computed: Sequence[int]) -> list[float]:
         """[T] predicted squared error of the picture, a segment's shared out among its filled steps."""
         found = [0.0] * self.steps
-        for n, a, p in zip([*computed[1:], self.steps], computed, [self.steps, *computed[:-1]], strict=True):
+        for n, a, p in self._segments(computed):
             for k in range(a + 1, n):
                 found[k] = float(self.edges[n, a, p]) / (n - a - 1)
         return found
+
+    def _segments(self, computed: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(n, a, p) of every segment, as `strays` numbers them."""
+        return list(zip([*computed[1:], self.steps], computed, [self.steps, *computed[:-1]], strict=True))
 
     def made(self, computed: Sequence[int], most: float = np.inf) -> tuple[Recipe | None, float]:
         filled = tuple(k for k in range(self.steps) if k not in computed)

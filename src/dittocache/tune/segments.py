@@ -22,12 +22,13 @@ def products(runs: Trajectories) -> np.ndarray:
     return (parts @ parts.T).numpy() / runs.latents.shape[1]
 
 
-def strays(inner: np.ndarray, longest: int) -> np.ndarray:
+def strays(inner: np.ndarray, longest: int, own: bool = True) -> np.ndarray:
     """Squared error of x[n], sum over its values, when all steps from a on are predicted.
 
     Args:
         inner: as `products` gives it.
         longest: the longest segment; others are inf.
+        own: the runs are those of the very steps, so that nothing is missed where nothing is predicted.
 
     Returns:
         [T + 1, T, T + 1] for n, a and p, the computed step before a; p = T for none, where a = 0. Predictors have three
@@ -41,7 +42,8 @@ def strays(inner: np.ndarray, longest: int) -> np.ndarray:
             before = [] if p == steps else [p, max(2 * p - a, 0)]
             known = np.array([a, *(steps + 1 + k for k in dict.fromkeys([a, *before]))])
             found[ends, a, p] = _missed(inner, known, ends)
-            found[a + 1, a, p] = 0.0  # nothing was predicted
+            if own:
+                found[a + 1, a, p] = 0.0
     return found
 
 
