@@ -13,6 +13,8 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -23,7 +25,7 @@ from dittocache.calibrate.setup import draw
 from dittocache.fill import At, Entry, Linear, Taylor
 from dittocache.plan import Site
 from dittocache.tune import Predictors, search, shortest
-from dittocache.tune.predictor import least_squares
+from dittocache.tune.predictor import GIVE_UP, POWERS, least_squares
 from dittocache.tune.segments import carried, products, strays
 from dittocache.tune.trajectory import angles, finest, record, solution, stepped
 from dittocache.when import ReuseSteps
@@ -150,6 +152,11 @@ def test_what_is_carried_is_smooth_and_in_units_of_latents():
     weights, gains = np.array([0.0, 8.0, 8.0, 8.0]), np.array([1.0, 2.0, 2.0, 2.0])
     assert np.allclose(carried(weights, gains, 4), [0.5] * 5)
     assert carried(weights * [1, 1, 100, 1], gains, 4)[3] == pytest.approx(0.5 * 100 ** (1 / 3))
+
+
+def test_what_is_carried_belongs_to_the_step_after_the_pushed_one():
+    found = np.log(carried(np.exp(np.arange(9.0)), np.ones(9), 1))  # logarithms 1 to 8 for steps 2 to 9
+    assert np.allclose(found, [2, 2, 2, 2.5, 3, 4, 5, 6, 6.5, 7])
 
 
 def test_shortest_paths_against_all_plans():
@@ -299,6 +306,32 @@ def test_a_hopeless_run_is_given_up(pipe, planner):
     recipe, lost = fresh.made(bad, error)
     assert recipe is None and lost == np.inf
     assert fresh.made(bad)[1] > 3 * error, "it would have been that bad"
+
+
+def test_factors_do_not_see_the_trial(pipe, planner):
+    other = Predictors(pipe, SETUP, range(4), range(8, 12))
+    factors = [np.array(one.made((0, 3, 6))[0].fill.coefficients) for one in (planner, other)]
+    assert np.allclose(*factors, atol=1e-3)
+
+
+def test_limits(pipe):
+    fresh = Predictors(pipe, SETUP, range(4), range(4, 8))
+    fresh.seen = 0.01, np.full(STEPS, 0.1)
+    assert fresh._limits(0.02)[-1] == pytest.approx(GIVE_UP * 2 * 0.1) and np.isinf(fresh._limits(0.02)[0])
+    assert np.isinf(fresh._limits(np.inf)).all()
+    fresh.made((0,), 1e-9)
+    assert fresh.seen[0] == 0.01, "a worse run is not kept"
+
+
+def test_candidates_are_of_every_power(planner):
+    for paths, power in zip(planner.paths, POWERS, strict=False):
+        assert paths.totals.tolist() == shortest(planner.edges**power).totals.tolist()
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])
+def test_schedulers_that_call_more_often_are_refused(scheduler):
+    with pytest.raises(ValueError, match=rf"{scheduler.__name__} asks for \d+ predictions in {STEPS} steps"):
+        Predictors(tiny.pipeline(scheduler=scheduler()), SETUP, [0], [1])
 
 
 def test_the_search_gets_better(planner):

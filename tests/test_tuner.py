@@ -10,24 +10,26 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler
 
 import dittocache
-from dittocache import Recipe
+from dittocache import Recipe, bundled
 from dittocache.calibrate import Setup
 from dittocache.calibrate.setup import draw
 from dittocache.evaluate.comparison import Comparison
-from dittocache.evaluate.rows import Row, fewer
+from dittocache.evaluate.metrics import frechet_distance
+from dittocache.evaluate.rows import Row, Run, fewer
 from dittocache.tune import Effort, Goal, Unreachable, save, tune
 from dittocache.tune.journal import FILE, Journal
-from dittocache.tune.judge import Judge
+from dittocache.tune.judge import Judge, _structured
 from dittocache.tune.learned import learned
 from dittocache.tune.published import SPACES, explore
 from dittocache.tune.trajectory import record
-from dittocache.tune.tuner import _split
+from dittocache.tune.tuner import Contender, _split, _Tuner
 
 STEPS = 12
 SETUP = Setup(num_steps=STEPS, guidance_scale=1.5, seed=3, conditions=(1, 2))
@@ -55,9 +57,12 @@ def loss(pipe) -> float:
 # ---- goals ----------------------------------------------------------------------------------------------------------
 def test_goals():
     goal = Goal.of("psnr>=35")
-    assert goal == Goal("psnr", 35.0) and goal.met({"psnr": 35.1, "speedup": 1}) and not goal.met({"psnr": 34.9})
+    assert goal == Goal("psnr", 35.0) and goal.met({"psnr": 35.1, "speedup": 1.1}) and not goal.met({"psnr": 34.9})
+    assert not goal.met({"psnr": 50, "speedup": 0.9}), "slower than doing nothing"
     distance = Goal.of(" fd <= 0.5 ")
-    assert distance.met({"fd": 0.4}) and not distance.met({"fd": 0.6}) and distance.loss({"fd": 0.6}) == 0.6
+    assert (
+        distance.met({"fd": 0.4, "speedup": 2}) and not distance.met({"fd": 0.6}) and distance.loss({"fd": 0.6}) == 0.6
+    )
     speed = Goal.of(min_speedup=3)
     assert speed.met({"speedup": 3.0}) and not speed.met({"speedup": 2.9})
     ranked = sorted(
@@ -128,8 +133,9 @@ def test_a_journal_whose_first_line_is_torn(tmp_path):
     assert Journal(tmp_path, {"x": 1}).found == {"a": 1}
 
 
-def test_a_damaged_journal(tmp_path):
-    (tmp_path / FILE).write_text('{"x": 1}\nnonsense\n')
+@pytest.mark.parametrize("damaged", [b'{"x": 1}\nnonsense\n', b"[1]\n", b"3\n", b"\xff\xfe\n"])
+def test_a_damaged_journal(tmp_path, damaged):
+    (tmp_path / FILE).write_bytes(damaged)
     with pytest.raises(ValueError, match="is damaged: choose another folder, or delete it"):
         Journal(tmp_path, {"x": 1})
 
@@ -165,7 +171,58 @@ def test_a_judge_of_features(pipe):
         return {"features": pictures.flatten(1), "probabilities": pictures.flatten(1)[:, :2]}
 
     (numbers,) = Judge(pipe, SETUP, range(6), batch=3, look=look).score([fewer(4)])
-    assert numbers["fd"] > 0
+    both = [draw(pipe, replace(SETUP, num_steps=steps), range(6)).flatten(1) for steps in (4, STEPS)]
+    assert numbers["fd"] == pytest.approx(frechet_distance(*both), rel=1e-3) and numbers["fd"] > 0
+
+
+def test_a_speedup_is_the_uncached_time_over_the_rows(pipe):
+    comparison, (numbers,) = Judge(pipe, SETUP, range(6), batch=2).compare([fewer(4)], list("abcdef"), {}, "4 steps")
+    ratios = [a / b for a, b in zip(comparison.results[0].seconds, comparison.results[1].seconds, strict=True)]
+    assert numbers["speedup"] == pytest.approx(sorted(ratios)[1], rel=0.1)
+
+
+def test_every_stage_has_samples_of_its_own():
+    """Other seeds, and other prompts for the last check."""
+    text = bundled.load("emoji")
+    prompts = ("red heart", "cat face", "rainbow", "dog face", "sun", "key", "pizza", "rocket")
+    tuner = _Tuner(text, Goal(speedup=2.0), replace(SETUP, conditions=prompts), ["own"], [], "own", None,
+                   EFFORT, None, None, "", None)  # fmt: skip
+
+    def asked(judge: Judge) -> tuple[set, set]:
+        conditions, seeds = zip(*(judge._asked(part) for part in judge.parts), strict=True)
+        return {c for part in conditions for c in part}, {s for part in seeds for s in part}
+
+    fitted = {SETUP.seed + j for j in range(EFFORT.samples + EFFORT.trial)}
+    assert not asked(tuner.judge)[0] & asked(tuner.last)[0] and not {*tuner.fitting.conditions} & asked(tuner.last)[0]
+    assert not asked(tuner.judge)[1] & asked(tuner.last)[1] and not fitted & (
+        asked(tuner.judge)[1] | asked(tuner.last)[1]
+    )
+
+
+@pytest.mark.parametrize("size", [10, 11])
+def test_pictures_that_are_large_enough_for_ssim(size):
+    run = Run(np.zeros((1, size, 20, 1)), torch.zeros(1), 1.0)
+    assert _structured(run) == (size == 11)
+
+
+@pytest.mark.parametrize(
+    ("goal", "table", "asked"),
+    [
+        (Goal("psnr", 30.0), lambda budget: {"psnr": 20 + 2 * budget, "speedup": 20 / budget}, [10, 5, 3, 4]),
+        (Goal(speedup=2.0), lambda budget: {"psnr": 0, "speedup": 18 / budget}, [6, 7, 8, 9]),
+        (Goal(speedup=2.0), lambda budget: {"psnr": 0, "speedup": 9 / budget}, [6, 4, 5]),
+    ],
+)
+def test_budgets_that_are_tried(pipe, goal, table, asked):
+    tuner = _Tuner(pipe, goal, SETUP, ["own"], [], "own", None, EFFORT, None, None, "", None)
+    seen: list[int] = []
+
+    def judged(budget):
+        seen.append(budget)
+        return Contender(fewer(budget), table(budget))
+
+    tuner._meet(judged, 2, 19)
+    assert seen == asked
 
 
 # ---- published methods ----------------------------------------------------------------------------------------------
@@ -270,6 +327,15 @@ def test_an_unreachable_budget_says_what_is_in_reach(pipe):
         ({"steps": [2]}, "a plan's steps must be a whole number, 3 or more; got 2"),
         ({"solution": 5}, "the steps of the solution must be a whole number, 13 or more; got 5"),
         ({"goal": Goal("fd", 1.0)}, "fd needs features: name a judge"),
+        (
+            {"goal": Goal("fd", 1.0), "look": print, "effort": replace(EFFORT, judged=1)},
+            "fd needs two pictures at once",
+        ),
+        ({"goal": Goal("ssim", 0.9)}, "ssim needs pictures of 11 pixels or more; these have 8"),
+        (
+            {"schedulers": ["own", "FlowMatchEulerDiscreteScheduler"]},
+            "FlowMatchEulerDiscreteScheduler does not predict as",
+        ),
     ],
 )
 def test_what_cannot_be_tuned(pipe, arguments, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import origin
+from .. import clock, origin
 from ..hooks import caches_on, foreign_cache
 from ..parts import check_bool, check_int, check_number, plain, show
 
@@ -131,8 +132,40 @@ def draw(pipe: Any, setup: Setup, samples: Sequence[int], output_type: str = "pt
         ).images
 
 
+class _Begun(Exception):
+    """Ends a run at its first prediction."""
+
+
+class _Beginning:
+    """A clock that sees which timesteps a pipeline sets."""
+
+    timesteps: Tensor
+
+    def on_begin(self, scheduler: Any) -> None:
+        self.timesteps = scheduler.timesteps.clone()
+
+    def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
+
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        raise _Begun
+
+    def on_step(self, scheduler: Any) -> None: ...
+
+
 def timesteps(pipe: Any, setup: Setup) -> Tensor:
-    """The timesteps of a run; the pipeline's scheduler is left as it is."""
+    """The timesteps of a run; the pipeline's scheduler is left as it is.
+
+    Pipelines of flow matching set sigmas and shifts of their own: one forward tells.
+    """
+    if hasattr(pipe.scheduler, "scale_noise"):
+        seen = _Beginning()
+        clock.watch_scheduler(pipe.scheduler, seen)
+        try:
+            with contextlib.suppress(_Begun):
+                draw(pipe, setup, [0])
+        finally:
+            clock.unwatch(pipe.scheduler, seen)
+        return seen.timesteps
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(setup.num_steps)
     return scheduler.timesteps

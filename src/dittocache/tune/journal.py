@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..parts import show
+
 FILE = "journal.jsonl"
 
 
@@ -43,22 +45,24 @@ class Journal:
         return self.found[key]
 
     def _read(self, path: Path) -> None:
-        whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
-        if torn:
-            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
         try:
+            whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
             config, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
             self.found = {line["key"]: line["value"] for line in lines}
+            if not isinstance(config, (dict, type(None))):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{str(path)!r} is damaged: choose another folder, or delete it") from None
+        if torn:
+            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
         if config is None:
             self._write(self.config)
         elif config != self.config:
             both = sorted({*config, *self.config})
             name = next(name for name in both if config.get(name) != self.config.get(name))
             raise ValueError(
-                f"{str(path.parent)!r} holds a search with {name} = {config.get(name)!r}, not "
-                f"{self.config.get(name)!r}: choose another folder"
+                f"{str(path.parent)!r} holds a search with {name} = {show(config.get(name))}, not "
+                f"{show(self.config.get(name))}: choose another folder"
             )
 
     def _write(self, line: Any) -> None:

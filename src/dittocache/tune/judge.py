@@ -17,6 +17,7 @@ from ..evaluate.rows import Row, Run, run_row, run_rows, uncached
 from ..evaluate.summary import summarise
 
 OWN, SOLUTION = "own", "solution"
+SMALLEST = 11  # pixels of a picture that structural similarity is defined for
 Before = Callable[[Row], None]
 
 
@@ -58,6 +59,11 @@ class Judge:
         """
         drawn = self._drawn(rows, max(1, round(share * len(self.parts))), before)
         return self._scored(drawn)
+
+    def warm(self) -> int:
+        """Draws the first uncached pictures; pixels of their shorter side."""
+        (runs,) = self._drawn([], 1)
+        return min(runs[0].pictures.shape[1:3])
 
     def compare(
         self, rows: Sequence[Row], labels: Sequence[str], provenance: Mapping[str, Any], baseline: str
@@ -137,4 +143,4 @@ class Judge:
 
 def _structured(run: Run) -> bool:
     """Whether pictures are large enough for structural similarity."""
-    return min(run.pictures.shape[1:3]) >= 11
+    return min(run.pictures.shape[1:3]) >= SMALLEST

@@ -174,7 +174,7 @@ class Predictors:
     def _limits(self, most: float) -> np.ndarray:
         """[T] strays with which the error will be far above `most`, by what the best run made of its own."""
         limits = np.full(self.steps, np.inf)
-        if self.seen is not None:
+        if self.seen is not None and np.isfinite(most):
             error, strays = self.seen
             late = slice(self.steps // 2, None)
             # they rise from each computed step to the next: what counts is how far they come

@@ -51,7 +51,7 @@ def search(
         The best recipe, and its squared error.
 
     Raises:
-        ValueError: a budget that no plan meets.
+        ValueError: a budget that no plan meets, or pictures that are not finite.
     """
     check_int("tries", tries, 1)
     generator = np.random.default_rng(seed)
@@ -75,6 +75,8 @@ def search(
     while improved and not enough:
         moves = sorted(_moves(best[0], planner.steps, generator) - seen, key=planner.loss)
         improved = any(better(moved) for moved in moves if not enough)
+    if best[1] is None:
+        raise ValueError("no plan gives pictures of finite error: what the pipeline draws is not finite")
     return best[1], best[2]
 
 

@@ -64,7 +64,7 @@ class _Recorder:
     latents: list[Tensor] = field(default_factory=list)
     predictions: list[Tensor] = field(default_factory=list)
     gains: list[float] = field(default_factory=list)
-    last: Tensor | None = None
+    last: Any = None
 
     def on_begin(self, scheduler: Any) -> None:
         self.latents, self.predictions, self.gains = [], [], []
@@ -107,10 +107,29 @@ def record(pipe: Any, setup: Setup, samples: Sequence[int]) -> Trajectories:
     Raises:
         ValueError: the steps of the scheduler are not linear in the prediction.
     """
-    with observed(pipe, _Recorder()) as seen:
+    return _recorded(pipe, setup, samples, _Recorder())
+
+
+def _recorded(pipe: Any, setup: Setup, samples: Sequence[int], seen: _Recorder) -> Trajectories:
+    with observed(pipe, seen):
         pictures = draw(pipe, setup, samples)
+    if len(seen.predictions) != setup.num_steps:
+        raise ValueError(
+            f"{type(pipe.scheduler).__name__} asks for {len(seen.predictions)} predictions in {setup.num_steps} steps: "
+            "plans need one in each"
+        )
     latents = torch.stack([*seen.latents, seen.last])
     return Trajectories(latents, torch.stack(seen.predictions), torch.tensor(seen.gains).double(), pictures)
+
+
+class _Levels(_Recorder):
+    """Also sees the noise levels of the steps."""
+
+    angles: Tensor
+
+    def on_begin(self, scheduler: Any) -> None:
+        super().on_begin(scheduler)
+        self.angles = angles(scheduler)
 
 
 @dataclass
@@ -157,10 +176,9 @@ def solution(pipe: Any, setup: Setup, samples: Sequence[int], many: int) -> Traj
     """
     check_int("the steps of a reference solution", many, setup.num_steps + 1)
     check_divides(pipe.scheduler, many)
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(setup.num_steps)
-    gains = record(pipe, setup, samples[:1]).gains
-    with observed(pipe, _Sampler(wanted=angles(scheduler))) as seen:
+    coarse = _Levels()
+    gains = _recorded(pipe, setup, samples[:1], coarse).gains
+    with observed(pipe, _Sampler(wanted=coarse.angles)) as seen:
         pictures = draw(pipe, replace(setup, num_steps=many), samples)
     return Trajectories(torch.stack([*seen.latents, seen.last]), torch.stack(seen.predictions), gains, pictures)
 

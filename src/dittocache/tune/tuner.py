@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from ..calibrate.setup import Setup, check_uncached, made_for, takes
+from ..calibrate.setup import Setup, check_uncached, denoiser, made_for, takes
 from ..evaluate.comparison import Comparison
 from ..evaluate.measure import Look
-from ..evaluate.provenance import provenance
+from ..evaluate.provenance import provenance, versions
 from ..evaluate.rows import Row, fewer, scheduled
-from ..parts import check_int, check_number
+from ..noise import prediction_type
+from ..parts import check_int, check_number, jsonable
 from ..recipe import Recipe, recipe
 from . import published
 from .goal import Goal
 from .journal import Journal
-from .judge import OWN, SOLUTION, Judge
+from .judge import OWN, SMALLEST, SOLUTION, Judge
 from .predictor import Predictors
 from .search import Planner, search
 from .trajectory import check_divides, finest
@@ -201,6 +202,8 @@ class _Tuner:
             raise ValueError(f"pictures are compared with {OWN} or {SOLUTION}; got {against!r}")
         if goal.metric == "fd" and look is None:
             raise ValueError("fd needs features: name a judge")
+        if goal.metric == "fd" and min(effort.judged, effort.batch) < 2:
+            raise ValueError("fd needs two pictures at once or more: --judged and --batch must be 2 or more")
         for count in steps:
             check_int("a plan's steps", count, 3)
         check_int("steps", setup.num_steps, 3)
@@ -214,16 +217,23 @@ class _Tuner:
                 f"so that {setup.num_steps / 2:g} is the most"
             )
         self.pipe, self.goal, self.setup, self.effort, self.look = pipe, goal, setup, effort, look
+        self.scheduler = pipe.scheduler
         self.against, self.solution, self.model, self.progress = against, solution, model, progress
         self.drawn = self.whole = 0.0  # samples, so far and in all
+        named = [SCHEDULERS.get(name, name) for name in schedulers]
+        named = [None if name == type(pipe.scheduler).__name__ else name for name in named]
         self.grids = [
-            (SCHEDULERS.get(name, name), count) for name in schedulers for count in steps or [setup.num_steps]
+            (name, count) for name in dict.fromkeys(named) for count in dict.fromkeys(steps or [setup.num_steps])
         ]
         for name, _ in self.grids:
-            with scheduled(pipe, name):
-                made_for(pipe, setup)  # a scheduler that does not go with the model is refused now
+            with scheduled(pipe, name):  # one that does not go with the model is refused now
+                if name is not None and prediction_type(pipe.scheduler) != prediction_type(self.scheduler):
+                    raise ValueError(
+                        f"{name} does not predict as {type(self.scheduler).__name__} does: it cannot take its place"
+                    )
                 if solution is not None:
                     check_divides(pipe.scheduler, solution)
+        self.origins = [self._origin(*grid) for grid in self.grids]
         config = {
             "goal": asdict(goal),
             "setup": setup.to_dict(),
@@ -231,33 +241,27 @@ class _Tuner:
             "against": against,
             "solution": solution,
             "effort": {k: v for k, v in asdict(effort).items() if k != "seconds"},
-            "model": made_for(pipe, setup),
+            "made_for": self.origins,
+            "scheduler": {k: jsonable(v) for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
+            "device": f"{denoiser(pipe).device.type} {denoiser(pipe).dtype}",
+            "versions": versions(),
         }
         self.journal = Journal(None if out is None else Path(out), config)
         self.began = time.perf_counter()
         self.tried: list[Contender] = []
         self.planners: dict[int, Predictors] = {}
-        split = _split(setup.conditions)
-        searched = replace(setup, conditions=split[0])
-        self.fitting = searched
-        self.judge = Judge(
-            pipe,
-            replace(searched, seed=setup.seed + 1_000_000),
-            range(effort.judged),
-            batch=effort.batch,
-            solution=solution,
-            against=against,
-            look=look,
-        )
-        self.last = Judge(
-            pipe,
-            replace(setup, seed=setup.seed + 2_000_000, conditions=split[1]),
-            range(effort.held_out),
-            batch=effort.batch,
-            solution=solution,
-            against=against,
-            look=look,
-        )
+        searched, checked = _split(setup.conditions)
+        self.fitting = replace(setup, conditions=searched)
+        self.judge = self._judge(replace(self.fitting, seed=setup.seed + 1_000_000), effort.judged)
+        self.last = self._judge(replace(setup, seed=setup.seed + 2_000_000, conditions=checked), effort.held_out)
+
+    def _judge(self, setup: Setup, count: int) -> Judge:
+        more = {"solution": self.solution, "against": self.against, "look": self.look}
+        return Judge(self.pipe, setup, range(count), batch=self.effort.batch, **more)  # type: ignore[arg-type]
+
+    def _origin(self, scheduler: str | None, steps: int) -> dict[str, Any]:
+        with scheduled(self.pipe, scheduler):
+            return made_for(self.pipe, replace(self.setup, num_steps=steps))
 
     # ---- stages -----------------------------------------------------------------------------------------------------
     def run(self) -> Tuned:
@@ -274,7 +278,9 @@ class _Tuner:
     def _estimate(self) -> None:
         """Draws the first uncached pictures, and says how long everything will take."""
         began = time.perf_counter()
-        self.judge.score([], 1 / len(self.judge.parts))
+        size = self.judge.warm()
+        if self.goal.metric == "ssim" and size < SMALLEST:
+            raise ValueError(f"ssim needs pictures of {SMALLEST} pixels or more; these have {size}")
         each = (time.perf_counter() - began) / min(self.effort.batch, self.effort.judged)
         self.whole = self.effort.runs(self.setup.num_steps, len(self.grids))
         most = self.effort.seconds
@@ -320,12 +326,14 @@ class _Tuner:
         if self.goal.speedup is not None:
             wanted, seen = MARGIN * self.goal.speedup, set[int]()
             budget = min(high, max(low, int(self.setup.num_steps / self.goal.speedup)))
-            while budget not in seen and low <= budget <= high:
+            while budget not in seen and low <= budget <= high and not (seen and self._late()):
                 seen.add(budget)
                 measured = judged(budget).numbers["speedup"]
                 budget += 1 if measured >= wanted else -max(1, round(budget * (1 - measured / wanted)))
             return
-        while low <= high:
+        begun = False
+        while low <= high and not (begun and self._late()):
+            begun = True
             middle = (low + high) // 2
             if self.goal.met(judged(middle).numbers):
                 high = middle - 1
@@ -361,6 +369,8 @@ class _Tuner:
         """Successive halving: all on the first part of the samples (done), the better half on more, and so on."""
         left = self._ranked(self.tried)
         for rung in range(2, len(self.judge.parts) + 1):
+            if self._late():
+                break
             left = left[: max(3, len(left) // 2)]
             self._say(f"{len(left)} are left", len(left) * self.effort.batch)
             for contender in left:
@@ -378,34 +388,36 @@ class _Tuner:
 
     def _check(self, leaders: Sequence[Contender]) -> Tuned:
         """The winner on samples that nothing has seen, beside the best of the others."""
-        tried = self._ranked(self.tried)
-        others = [next((c for c in tried if test(c)), None) for test in (_is_fewer, _is_published)]
-        found: Any = None
+        others = [next((c for c in self._ranked(self.tried) if test(c)), None) for test in (_is_fewer, _is_published)]
+        checked: list[tuple[Contender, dict[str, Any], Comparison]] = []
         queue = list(leaders[:CHECKS])
-        for _ in range(CHECKS):
+        while queue and len(checked) < CHECKS:
             leader = queue.pop(0)
             self._say(f"held-out check of {leader.row.label}", 3 * self.effort.held_out)
             rows = _distinct([leader.row, *(c.row for c in others if c is not None), *self._around(leader)])
-            made = provenance(self.pipe, self.model, self.setup.num_steps, self.setup.guidance_scale, self.effort.batch)
-            made["tried"] = [
-                {"x": c.numbers["speedup"], "y": c.numbers["psnr"], "label": c.row.label}
-                for c in tried
-                if math.isfinite(c.numbers["psnr"])  # what skipped nothing is equal
-            ]
-            made["winner"] = leader.row.label
-            baseline = rows[1].label if len(rows) > 1 else "uncached"
             names = [str(self.last.setup.condition(self.pipe, j)) for j in range(self.effort.held_out)]
-            comparison, numbers = self.last.compare(rows, names, made, baseline)
-            if found is None or self.goal.rank(numbers[0]) < self.goal.rank(found[1]):
-                found = leader, numbers[0], comparison
-            if self.goal.met(numbers[0]) or not queue:
+            comparison, numbers = self.last.compare(rows, names, self._made(leader), rows[-1].label)
+            checked.append((leader, numbers[0], comparison))
+            if self.goal.met(numbers[0]):
                 break
-            if leader.grid is not None:
+            if leader.grid is not None and _computed(leader.row) > 2:
                 queue.insert(0, self._safer(leader, leader.grid, numbers[0]))
-        contender, best, comparison = found
-        if not self.goal.met(best) and not any(self.goal.met(c.numbers) for c in tried):
+        contender, best, comparison = min(checked, key=lambda one: (not self.goal.met(one[1]), self.goal.rank(one[1])))
+        if not self.goal.met(best) and not any(self.goal.met(c.numbers) for c in self.tried):
             raise Unreachable(f"nothing reaches {self.goal.text()}; the best here: {_told(contender.row.label, best)}")
-        return Tuned(contender.row, best, self.goal.met(best), [c.to_dict() for c in tried], comparison)
+        everything = [c.to_dict() for c in self._ranked(self.tried)]
+        return Tuned(contender.row, best, self.goal.met(best), everything, comparison)
+
+    def _made(self, leader: Contender) -> dict[str, Any]:
+        """How a comparison was made, what was tried, and what is shown as found."""
+        steps, guidance = self.setup.num_steps, self.setup.guidance_scale
+        tried = [
+            {"x": c.numbers["speedup"], "y": c.numbers["psnr"], "label": c.row.label}
+            for c in self._ranked(self.tried)
+            if math.isfinite(c.numbers["psnr"])  # what skipped nothing is equal
+        ]
+        made = provenance(self.pipe, self.model, steps, guidance, self.effort.batch)
+        return made | {"tried": tried, "winner": leader.row.label}
 
     def _safer(self, leader: Contender, grid: int, numbers: Mapping[str, Any]) -> Contender:
         """A plan that should pass where this one failed: of fewer computed steps if it was slow, else of more."""
@@ -447,13 +459,14 @@ class _Tuner:
                 found, error = search(memo, budget, max(tries, 1), tried=tell if tries else lambda count, error: True)
             return {"recipe": found.to_dict(), "error": error}
 
-        found = self.journal(f"plan {number} {budget} {tries}", solved)
-        with scheduled(self.pipe, scheduler):
-            origin = made_for(self.pipe, replace(self.setup, num_steps=steps))
+        key = f"plan {number} {budget} {tries}"
+        found = self.journal.found.get(key) or solved()
+        if not self._late():  # a search that was cut short goes on when there is more time
+            self.journal(key, lambda: found)
         recipe = Recipe.from_dict(found["recipe"])
         costs = planner.costs([k for k in range(steps) if k not in recipe.when.steps])  # type: ignore[attr-defined]
         told = {"setup": replace(self.setup, num_steps=steps).to_dict(), "solver": {"costs": costs}}
-        recipe = replace(recipe, made_for=origin, provenance=told)
+        recipe = replace(recipe, made_for=self.origins[number], provenance=told)
         label = f"plan {budget}/{steps}" + self._of(scheduler) + (", searched" if tries else "")
         return Contender(Row(label, SOLVER, steps, recipe, scheduler), grid=number)
 
