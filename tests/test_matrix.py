@@ -71,7 +71,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 # what is made for one number of steps, or of tokens
-ONE_LENGTH, ONE_SIZE = ("l2c", "eoc", "block-caching"), ("eoc",)
+ONE_LENGTH, ONE_SIZE = ("l2c", "eoc", "block-caching", "dpcache", "lemica"), ("eoc",)
 # one method a model in `make test`, in turn; all of them in `make test-all`
 ALL_RUNS = [[(name, column) for column in COLUMNS if column != "deepcache"] for name in ZOO]
 SOME_RUNS = [row[n % len(row)] for n, row in enumerate(ALL_RUNS)]

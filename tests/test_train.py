@@ -40,7 +40,7 @@ from dittocache.train import (
 
 STEPS = 6
 FAST = {"num_steps": STEPS, "samples": 6, "batch_size": 4, "iterations": 6, "learning_rate": 0.1, "penalty": 1e-4}
-FILES = {"recipe.json", "recipe.safetensors", "training.safetensors", "samples.safetensors"}
+FILES = {"README.md", "recipe.json", "recipe.safetensors", "training.safetensors", "samples.safetensors"}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import origin
+from .. import origin, saved
 from ..calibrate.base import digest
 from ..calibrate.setup import Setup, check_uncached
 from ..parts import check_int, show
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FORM = "dittocache-training-data-1"
 CHECKPOINT, SAMPLES, WEIGHTS = "training.safetensors", "samples.safetensors", "weights.safetensors"
-FILES = (CHECKPOINT, SAMPLES, WEIGHTS, FILE, ARRAYS)
+FILES = (CHECKPOINT, SAMPLES, WEIGHTS, *saved.FILES)
 
 
 def train_l2c(
