@@ -417,3 +417,15 @@ def test_a_pipeline_with_a_cache_is_refused(pipe):
     with dittocache.enable(pipe, "fora"), pytest.raises(ValueError, match="a cache is on"):
         tune(pipe, Goal(speedup=2.0), SETUP, effort=EFFORT)
     assert torch.is_tensor(draw(pipe, SETUP, [0]))
+
+
+@pytest.mark.parametrize("speed", [2, 3, 4])
+def test_the_saved_recipes_of_glyphs(speed):
+    pipe = bundled.load("glyphs")
+    pipe.set_progress_bar_config(disable=True)
+    setup = Setup(num_steps=50, seed=12)
+    plain = draw(pipe, setup, range(4)).double()
+    with dittocache.enable(pipe, Path(__file__).parents[1] / "benchmarks" / "tuned" / f"{speed}x") as cache:
+        error = float((draw(pipe, setup, range(4)).double() - plain).square().mean())
+        assert cache.report().to_dict()["ideal_speedup"] > speed
+    assert error < 1e-3, "30 dB: far from what fewer steps give"
