@@ -13,9 +13,10 @@ import dittocache
 from dittocache import Recipe
 from dittocache.calibrate import Setup
 from dittocache.calibrate.trial import Trial
+from dittocache.clock import observed
 from dittocache.fill import Entry, Orders
 from dittocache.tune import Forecasts, StepErrors, candidates, cheapest, loss, measure, planned, search, solve
-from dittocache.tune.errors import _Observer, _table, draw, fillings_of, guided, mixing, observed
+from dittocache.tune.errors import _Observer, _table, draw, fillings_of, guided, mixing
 from dittocache.when import ReuseSteps
 
 STEPS = 6
@@ -38,7 +39,7 @@ def prediction_error(pipe, recipe: Recipe, k: int) -> float:
     """Mean over three samples of the squared error of the prediction at step k, with a recipe on."""
 
     def predictions() -> torch.Tensor:
-        with observed(pipe, _Observer()) as seen:
+        with observed(pipe.scheduler, _Observer()) as seen:
             draw(pipe, SETUP, [0, 1, 2])
         return seen.steps[k].prediction.double()
 
@@ -80,7 +81,7 @@ def test_a_weight_is_what_the_prediction_before_makes_of_the_picture(pipe, error
     ratios = []
     for sample in (2 * k % 3, (2 * k + 1) % 3):  # of three, every step has others
         seen: list[torch.Tensor] = []
-        with observed(pipe, _Observer()) as uncached:
+        with observed(pipe.scheduler, _Observer()) as uncached:
             plain = draw(pipe, SETUP, [sample]).double()
         change = uncached.steps[k - 1].prediction - uncached.steps[k].prediction
         step = type(pipe.scheduler).step

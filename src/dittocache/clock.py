@@ -12,9 +12,9 @@ import functools
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -41,6 +41,32 @@ class Listener(Protocol):
 
     def on_step(self, scheduler: Any) -> None:
         """A step is over."""
+
+
+class Silent:
+    """A listener that changes nothing, to be sub-classed."""
+
+    def on_begin(self, scheduler: Any) -> None: ...
+
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        return prediction
+
+    def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
+
+    def on_step(self, scheduler: Any) -> None: ...
+
+
+ListenerType = TypeVar("ListenerType", bound=Listener)
+
+
+@contextlib.contextmanager
+def observed(scheduler: Any, listener: ListenerType) -> Iterator[ListenerType]:
+    """The listener hears of this scheduler within."""
+    watch_scheduler(scheduler, listener)
+    try:
+        yield listener
+    finally:
+        unwatch(scheduler, listener)
 
 
 def watch_scheduler(scheduler: Any, listener: Listener) -> None:

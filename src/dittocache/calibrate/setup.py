@@ -136,20 +136,16 @@ class _Begun(Exception):
     """Ends a run at its first prediction."""
 
 
-class _Beginning:
-    """A clock that sees which timesteps a pipeline sets."""
+class _Beginning(clock.Silent):
+    """Sees which timesteps a pipeline sets."""
 
     timesteps: Tensor
 
     def on_begin(self, scheduler: Any) -> None:
         self.timesteps = scheduler.timesteps.clone()
 
-    def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
-
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         raise _Begun
-
-    def on_step(self, scheduler: Any) -> None: ...
 
 
 def timesteps(pipe: Any, setup: Setup) -> Tensor:
@@ -158,13 +154,8 @@ def timesteps(pipe: Any, setup: Setup) -> Tensor:
     Pipelines of flow matching set sigmas and shifts of their own: one forward tells.
     """
     if hasattr(pipe.scheduler, "scale_noise"):
-        seen = _Beginning()
-        clock.watch_scheduler(pipe.scheduler, seen)
-        try:
-            with contextlib.suppress(_Begun):
-                draw(pipe, setup, [0])
-        finally:
-            clock.unwatch(pipe.scheduler, seen)
+        with clock.observed(pipe.scheduler, _Beginning()) as seen, contextlib.suppress(_Begun):
+            draw(pipe, setup, [0])
         return seen.timesteps
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(setup.num_steps)

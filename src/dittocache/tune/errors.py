@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import clock
 from ..cache import enable
 from ..calibrate.setup import Setup, check_uncached, denoiser, draw
 from ..fill import Forecast
@@ -23,7 +24,6 @@ from ..hooks import Call, captured
 from ..parts import check_int
 from ..recipe import Recipe
 from ..when import ReuseSteps
-from .trajectory import observed
 
 LAGS, GAPS, ORDERS = 12, (1, 2, 3, 4, 6, 8, 12), (0, 1)
 Progress = Callable[[int, int, str], None]
@@ -73,8 +73,8 @@ class Step:
 
 
 @dataclass
-class _Observer:
-    """A clock that notes every step."""
+class _Observer(clock.Silent):
+    """Notes every step."""
 
     calls: list[Call] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -83,31 +83,27 @@ class _Observer:
     def on_begin(self, scheduler: Any) -> None:
         self.steps, self.seen = [], len(self.calls)
 
-    def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
-
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         self.steps.append(Step(self.calls[self.seen :], prediction.detach().clone()))
         self.seen = len(self.calls)
         return prediction
 
-    def on_step(self, scheduler: Any) -> None: ...
 
-
-class _Pusher(_Observer):
+class _Pusher(clock.Silent):
     """Row n of the batch goes on at step `at[n]` with the prediction of the step before."""
 
     def __init__(self, at: Sequence[int]) -> None:
-        super().__init__()
-        self.at = at
+        self.at, self.step = at, 0
+        self.before: Any = None
         self.pushed = torch.zeros(len(at), dtype=torch.float64)  # squared change of every row's prediction
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
-        super().on_prediction(scheduler, prediction, timestep, sample)
-        step = len(self.steps) - 1
-        rows = [n for n, k in enumerate(self.at) if k == step]
+        rows = [n for n, k in enumerate(self.at) if k == self.step]
         changed = prediction.clone()
-        changed[rows] = self.steps[step - 1].prediction[rows]
-        self.pushed[rows] = (changed - prediction)[rows].flatten(1).double().square().sum(1).cpu()
+        if rows:
+            changed[rows] = self.before[rows]
+            self.pushed[rows] = (changed - prediction)[rows].flatten(1).double().square().sum(1).cpu()
+        self.before, self.step = prediction.detach(), self.step + 1
         return changed
 
 
@@ -178,7 +174,7 @@ def measure(
 def _replay(pipe: Any, setup: Setup, samples: Sequence[int], fillings: Sequence[Filling], kept: int) -> list[float]:
     """Squared errors of the prediction, summed over values and samples, for every filling."""
     network = denoiser(pipe)
-    with captured(network) as calls, observed(pipe, _Observer(calls)) as observer:
+    with captured(network) as calls, clock.observed(pipe.scheduler, _Observer(calls)) as observer:
         draw(pipe, setup, samples)
         steps = observer.steps
     mixed = [mixing([call.output for call in step.calls], step.prediction) for step in steps]
@@ -252,7 +248,7 @@ def weights(
         numbers = [samples[j] for _, j in part]
         pusher = _Pusher([k for k, _ in part])
         uncached = _pictures(pipe, setup, numbers) if plain is None else plain[[j for _, j in part]].cpu().double()
-        with observed(pipe, pusher):
+        with clock.observed(pipe.scheduler, pusher):
             moved = _pictures(pipe, setup, numbers)
         ratios = (moved - uncached).flatten(1).square().sum(1) / pusher.pushed
         for (k, _), ratio in zip(part, ratios.clamp(min=1e-30).log().tolist(), strict=True):

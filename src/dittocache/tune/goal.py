@@ -84,8 +84,7 @@ class Goal:
     def met(self, numbers: Mapping[str, Any]) -> bool:
         if self.speedup is not None:
             return numbers["speedup"] >= self.speedup
-        close = self.loss(numbers) <= (-self.bound if LARGER[self.metric] else self.bound)  # type: ignore[operator]
-        return close and numbers["speedup"] > 1
+        return self.loss(numbers) <= self.loss({self.metric: self.bound}) and numbers["speedup"] > 1
 
     def rank(self, numbers: Mapping[str, Any]) -> tuple[Any, ...]:
         """The less, the better: what meets the goal comes first, then what is nearest to it. Clocks are forgiven."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import clock
 from ..cache import enable
 from ..calibrate.setup import Setup, check_uncached, draw
 from ..fill import Hold, Linear
@@ -25,7 +26,7 @@ from ..when import ReuseSteps
 from .errors import weights
 from .path import shortest
 from .segments import carried, products, strays
-from .trajectory import Trajectories, linear, observed, record, solution
+from .trajectory import Trajectories, record, solution, stepped
 
 RIDGE = 1e-6  # towards holding, of the diagonal
 GIVE_UP, WINDOW = 3.0, 4  # times the error of the best plan, within so many steps
@@ -33,8 +34,8 @@ POWERS = (1.0, 0.5, 0.25)  # of a segment's cost: less than 1 spreads errors, as
 
 
 @dataclass
-class _Fitter:
-    """A clock that fits and hands out the predictions of every step.
+class _Fitter(clock.Silent):
+    """Fits and hands out the predictions of every step.
 
     Args:
         runs: where the latents are wanted.
@@ -56,8 +57,6 @@ class _Fitter:
     def on_begin(self, scheduler: Any) -> None:
         self.factors, self.history, self.strays = [], [], []
 
-    def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
-
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         k = len(self.factors)
         self.strays.append(float((sample - self.runs.latents[k])[self.fitted :].square().mean()))
@@ -65,13 +64,11 @@ class _Fitter:
             raise _GivenUp
         if k in self.computed:
             self.history = [prediction, *self.history[: self.outputs - 1]]
-        after, gain = linear(scheduler, self.history[0], timestep, sample)
-        wanted = self.history[0].float() + (self.runs.latents[k + 1] - after) / gain
+        after = stepped(scheduler, self.history[0], timestep, sample)
+        wanted = self.history[0].float() + (self.runs.latents[k + 1] - after) / float(self.runs.gains[k])
         factors = least_squares([one[: self.fitted] for one in self.history], wanted[: self.fitted])
         self.factors.append([*factors, *[0.0] * (self.outputs - len(factors))])
         return sum(factor * one for factor, one in zip(factors, self.history, strict=True))
-
-    def on_step(self, scheduler: Any) -> None: ...
 
 
 class _GivenUp(Exception):
@@ -161,7 +158,7 @@ class Predictors:
         fitter = _Fitter(self.runs, frozenset(computed), self.fitted, self.outputs, self._limits(most))
         recipe = Recipe(where="model", when=ReuseSteps(filled), fill=Hold())
         try:
-            with enable(self.pipe, recipe), observed(self.pipe, fitter):
+            with enable(self.pipe, recipe), clock.observed(self.pipe.scheduler, fitter):
                 pictures = torch.as_tensor(draw(self.pipe, self.setup, self.samples))
         except _GivenUp:
             return None, np.inf

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,21 +16,14 @@ from ..noise import levels
 from ..parts import check_int
 
 
-@contextlib.contextmanager
-def observed(pipe: Any, observer: Any) -> Iterator[Any]:
-    """An observer (a `clock.Listener`) hears of the steps of the pipeline's scheduler within."""
-    clock.watch_scheduler(pipe.scheduler, observer)
-    try:
-        yield observer
-    finally:
-        clock.unwatch(pipe.scheduler, observer)
-
-
 def stepped(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-    """The latents that the scheduler would go on with; it is left as it is."""
+    """The latents that the scheduler would go on with, in float32; it is left as it is.
+
+    A step may be less than what half precision tells apart.
+    """
     token = clock.copies.set(None)  # the copy is no scheduler of the pipeline's
     try:
-        return copy.deepcopy(scheduler).step(prediction, timestep, sample, return_dict=False)[0]
+        return copy.deepcopy(scheduler).step(prediction.float(), timestep, sample.float(), return_dict=False)[0]
     finally:
         clock.copies.reset(token)
 
@@ -58,8 +50,8 @@ class Trajectories:
 
 
 @dataclass
-class _Recorder:
-    """A clock that keeps every step."""
+class _Recorder(clock.Silent):
+    """Keeps every step."""
 
     latents: list[Tensor] = field(default_factory=list)
     predictions: list[Tensor] = field(default_factory=list)
@@ -69,8 +61,6 @@ class _Recorder:
     def on_begin(self, scheduler: Any) -> None:
         self.latents, self.predictions, self.gains = [], [], []
 
-    def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
-
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         after, gain = linear(scheduler, prediction, timestep, sample)
         self.latents.append(sample.detach().float().clone())
@@ -79,8 +69,6 @@ class _Recorder:
         self.last = after
         return prediction
 
-    def on_step(self, scheduler: Any) -> None: ...
-
 
 def linear(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, float]:
     """The next latents in float32, and the factor by which a change of the prediction changes them.
@@ -88,7 +76,7 @@ def linear(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) ->
     Raises:
         ValueError: the scheduler draws noise, or does more to a prediction than to add a multiple of it.
     """
-    prediction, sample = prediction.float(), sample.float()  # a step may be less than what half precision tells apart
+    prediction = prediction.float()
     after = stepped(scheduler, prediction, timestep, sample)
     change = stepped(scheduler, 2 * prediction, timestep, sample) - after
     gain = float((change * prediction).sum() / prediction.square().sum())
@@ -111,7 +99,7 @@ def record(pipe: Any, setup: Setup, samples: Sequence[int]) -> Trajectories:
 
 
 def _recorded(pipe: Any, setup: Setup, samples: Sequence[int], seen: _Recorder) -> Trajectories:
-    with observed(pipe, seen):
+    with clock.observed(pipe.scheduler, seen):
         pictures = draw(pipe, setup, samples)
     if len(seen.predictions) != setup.num_steps:
         raise ValueError(
@@ -134,10 +122,11 @@ class _Levels(_Recorder):
 
 @dataclass
 class _Sampler(_Recorder):
-    """A clock that keeps a finer run at the noise levels of a coarser one, linear in the angle between two steps."""
+    """Keeps a finer run at the noise levels of a coarser one, linear in the angle between two steps."""
 
     wanted: Tensor = field(default_factory=lambda: torch.empty(0))  # [T] angles
     shares: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, fine steps] of every step in each of them
+    step: int = 0
 
     def on_begin(self, scheduler: Any) -> None:
         fine = angles(scheduler)
@@ -146,18 +135,18 @@ class _Sampler(_Recorder):
         self.shares = torch.zeros(len(self.wanted), len(fine), dtype=torch.float64)
         rows = torch.arange(len(self.wanted))
         self.shares[rows, after - 1], self.shares[rows, after] = 1 - share, share
-        self.latents, self.predictions, self.gains = [], [], []
+        self.latents, self.predictions, self.step = [], [], 0
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         if not self.latents:
             self.latents = [torch.zeros_like(sample, dtype=torch.float32) for _ in self.wanted]
             self.predictions = [torch.zeros_like(prediction, dtype=torch.float32) for _ in self.wanted]
-        for k, share in enumerate(self.shares[:, len(self.gains)].tolist()):
+        for k, share in enumerate(self.shares[:, self.step].tolist()):
             if share:
                 self.latents[k] += share * sample
                 self.predictions[k] += share * prediction
-        self.gains.append(0.0)
-        self.last = stepped(scheduler, prediction.float(), timestep, sample.float())
+        self.step += 1
+        self.last = stepped(scheduler, prediction, timestep, sample)
         return prediction
 
 
@@ -178,7 +167,7 @@ def solution(pipe: Any, setup: Setup, samples: Sequence[int], many: int) -> Traj
     check_divides(pipe.scheduler, many)
     coarse = _Levels()
     gains = _recorded(pipe, setup, samples[:1], coarse).gains
-    with observed(pipe, _Sampler(wanted=coarse.angles)) as seen:
+    with clock.observed(pipe.scheduler, _Sampler(wanted=coarse.angles)) as seen:
         pictures = draw(pipe, replace(setup, num_steps=many), samples)
     return Trajectories(torch.stack([*seen.latents, seen.last]), torch.stack(seen.predictions), gains, pictures)
 
