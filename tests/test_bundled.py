@@ -14,6 +14,7 @@ from PIL import Image
 from dittocache import bundled
 from dittocache.bundled import build, data, judge, report, train
 from dittocache.bundled.pipeline import GlyphsPipeline
+from dittocache.evaluate.metrics import frechet_distance
 
 
 @pytest.fixture(scope="module")
@@ -186,14 +187,14 @@ def test_reference_figures():
     moments = judge.load_reference()
     assert moments["held_out.covariance"].shape == (judge.FEATURES, judge.FEATURES)
     held_out, trained = ((moments[f"{n}.mean"], moments[f"{n}.covariance"]) for n in ("held_out", "train"))
-    floor = judge.frechet_distance(trained, held_out)
+    floor = frechet_distance(trained, held_out)
     assert floor == pytest.approx(reference["frechet"]["floor_train_to_held_out"], rel=1e-3)
-    assert judge.frechet_distance(trained, trained) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(trained, trained) == pytest.approx(0, abs=1e-6)
 
 
 def test_frechet_distance_of_known_gaussians():
     mean, eye = torch.zeros(3), torch.eye(3)
-    assert judge.frechet_distance((mean, eye), (mean + 2, 4 * eye)) == pytest.approx(3 * 4 + 3 * (1 + 4 - 4))
+    assert frechet_distance((mean, eye), (mean + 2, 4 * eye)) == pytest.approx(3 * 4 + 3 * (1 + 4 - 4))
 
 
 def test_attribution_names_every_package_and_no_gpl():

@@ -303,7 +303,7 @@ def test_a_least_speedup_and_its_files(pipe, tmp_path):
 def test_other_schedulers_and_steps_are_searched_together(pipe):
     effort = replace(EFFORT, methods=0, tries=0)
     found = tune(
-        pipe, GOAL, SETUP, schedulers=["own", "unipc"], steps=[12, 8], against="solution", solution=50,
+        pipe, Goal("psnr", 8.0), SETUP, schedulers=["own", "unipc"], steps=[12, 8], against="solution", solution=50,
         effort=effort,
     )  # fmt: skip
     plans = {(one["scheduler"], one["steps"]) for one in found.tried if one["method"] == "solver"}

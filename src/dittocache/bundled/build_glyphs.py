@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..evaluate.metrics import psnr
+from ..evaluate import metrics
 from . import data, judge
 from .pipeline import GlyphsPipeline
 from .report import draw, nearest, quantiles, read_copyright, write_json, write_tensors
@@ -67,25 +67,25 @@ def measure(options: argparse.Namespace) -> None:
 
     real_train, real_held_out = (judge.to_pictures(s.pictures) for s in (train_split, held_out))
     read, features = judge.read(scale, drawn)
-    moments = {name: judge.moments(judge.read(scale, pictures)[1]) for name, pictures in
+    moments = {name: metrics.moments(judge.read(scale, pictures)[1]) for name, pictures in
                (("train", real_train), ("held_out", real_held_out))}  # fmt: skip
-    drawn_moments = judge.moments(features)
-    sample_moments = judge.moments(judge.read(scale, sample(train_split))[1])
+    drawn_moments = metrics.moments(features)
+    sample_moments = metrics.moments(judge.read(scale, sample(train_split))[1])
     correct = read == labels
     reference = {
         "pictures": len(labels), "steps": STEPS, "guidance_scale": GUIDANCE,
         "accuracy": round(correct.double().mean().item(), 4),
         "accuracy_per_class": {c: round(correct[labels == i].double().mean().item(), 3)
                                for i, c in enumerate(data.CHARACTERS)},
-        "psnr_of_fewer_steps": {n: round(psnr(pictures, drawn[:72]), 2) for n, pictures in fewer.items()},
+        "psnr_of_fewer_steps": {n: round(metrics.psnr(pictures, drawn[:72]), 2) for n, pictures in fewer.items()},
         "judge_accuracy_held_out": _accuracy(scale, held_out),
         "judge_accuracy_train": _accuracy(scale, train_split),
         "frechet": {
-            "drawn_to_held_out": judge.frechet_distance(drawn_moments, moments["held_out"]),
-            "drawn_to_train": judge.frechet_distance(drawn_moments, moments["train"]),
-            "floor_train_to_held_out": judge.frechet_distance(moments["train"], moments["held_out"]),
-            "floor_train_sample_to_held_out": judge.frechet_distance(sample_moments, moments["held_out"]),
-            "floor_train_sample_to_train": judge.frechet_distance(sample_moments, moments["train"]),
+            "drawn_to_held_out": metrics.frechet_distance(drawn_moments, moments["held_out"]),
+            "drawn_to_train": metrics.frechet_distance(drawn_moments, moments["train"]),
+            "floor_train_to_held_out": metrics.frechet_distance(moments["train"], moments["held_out"]),
+            "floor_train_sample_to_held_out": metrics.frechet_distance(sample_moments, moments["held_out"]),
+            "floor_train_sample_to_train": metrics.frechet_distance(sample_moments, moments["train"]),
         },
         "nearest_training_picture_rms": {
             "drawn": quantiles(nearest(drawn, real_train)),

@@ -64,22 +64,6 @@ def read(judge: Judge, pictures: torch.Tensor, batch: int = 512) -> tuple[torch.
     return judge.head(features).argmax(1), features.double()
 
 
-def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [d] and covariance [d, d] of features [n, d], in float64."""
-    features = features.double()
-    return features.mean(0), torch.cov(features.T)
-
-
-def frechet_distance(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Squared Frechet distance between two Gaussians given as (mean, covariance)."""
-    (mean_a, cov_a), (mean_b, cov_b) = ([t.double() for t in pair] for pair in (first, second))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    # trace of sqrt(A B) through the symmetric sqrt(A) B sqrt(A), which eigvalsh can take
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
 def to_pictures(data: np.ndarray) -> torch.Tensor:
     """uint8 [n, side, side] -> float32 [n, 1, side, side] in [0, 1]; [n, side, side, 3] -> [n, 3, side, side]."""
     pictures = torch.from_numpy(data).float().div_(255)

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from ..evaluate.task import Asked
     from ..parameters import Parameter
     from ..recipe import Method
 
@@ -178,6 +179,31 @@ def _fit_threads(pipe: Any, conditions: Any) -> None:
             break
         best, threads = seconds, 2 * threads
     torch.set_num_threads(max(1, threads // 2))
+
+
+def asked(model: str, conditions: list[str], prompts: Path | None) -> Asked:
+    """What is asked of a model: some conditions, or the lines of a file, or else everything that it knows.
+
+    Raises:
+        ValueError: both, an empty file, a text for a model of classes, or nothing for one that draws from prompts.
+    """
+    from ..evaluate import pipelines
+    from ..evaluate.task import Asked, asked_of
+
+    if conditions and prompts:
+        raise ValueError("of --condition and --prompts give one")
+    if prompts is not None:
+        conditions = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not conditions:
+            raise ValueError(f"{prompts} holds no prompts: one in every line")
+    if not conditions:
+        return asked_of(model)
+    numbered = pipelines.classes(model) > 0
+    wrong = next((text for text in conditions if numbered and not text.isdecimal()), None)
+    if wrong is not None:
+        raise ValueError(f"{model} draws classes: give their numbers, not {wrong!r}")
+    chosen = tuple(int(text) if numbered else text for text in conditions)
+    return Asked(chosen, tuple(conditions))
 
 
 def method_named(name: str) -> Method:

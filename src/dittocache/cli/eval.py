@@ -17,6 +17,7 @@ from .base import (
     Pipe,
     Prompts,
     app,
+    asked,
     device_named,
     examples,
     method_named,
@@ -132,10 +133,10 @@ def evaluate(
         elif len(rows) > 1:
             baseline = rows[1].label
         places = {name: str(path) for name, path in values_of(weights).items()}
-        asked = _asked(pipe, condition or [], prompts, adm, samples if random_labels else 0, seed)
-        metrics, space = _metrics(pipe, metric, space, asked, adm, samples)
+        questions = _asked(pipe, condition or [], prompts, adm, samples if random_labels else 0, seed)
+        metrics, space = _metrics(pipe, metric, space, questions, adm, samples)
         task = Evaluation(
-            model=pipe, rows=rows, conditions=asked.conditions, seed=seed, guidance_scale=guidance, batch=batch,
+            model=pipe, rows=rows, conditions=questions.conditions, seed=seed, guidance_scale=guidance, batch=batch,
             metrics=metrics, space=space, weights=places, adm=adm is not None, dtype=dtype, threads=threads,
             # workers of a cluster may have what this machine lacks
             device=device if address and device != "auto" else device_named(device),
@@ -146,7 +147,7 @@ def evaluate(
             folder, shards = run(task, samples, batch, out / "shards", engine, needs, progress, **more)
         if int(os.environ.get("RANK", 0)) > 0:  # of accelerate launch: the first process tells
             return
-        comparison = summary(task, folder, shards, asked, baseline)
+        comparison = summary(task, folder, shards, questions, baseline)
         if adm is not None:
             comparison = protocol.with_numbers(comparison, task, folder, shards, adm)
             protocol.write_samples(task, folder, shards, out)
@@ -210,7 +211,7 @@ def _asked(model: str, conditions: list[str], prompts: Path | None, adm: Path | 
     """
     from ..evaluate import pipelines
     from ..evaluate.adm import CLASSES, SAMPLES, labels
-    from ..evaluate.task import Asked, asked_of
+    from ..evaluate.task import Asked
 
     if (conditions and prompts) or (adm and (conditions or prompts)) or (drawn and not adm):
         raise ValueError("of --condition, --prompts and --adm (--random-labels goes with it) give one")
@@ -219,18 +220,7 @@ def _asked(model: str, conditions: list[str], prompts: Path | None, adm: Path | 
             raise ValueError(f"--adm is for models of {CLASSES} classes; {model} has {pipelines.classes(model)}")
         classes = tuple(labels(max(drawn, SAMPLES), seed=seed).tolist()) if drawn else tuple(range(CLASSES))
         return Asked(classes, tuple(map(str, classes)))
-    if prompts is not None:
-        conditions = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not conditions:
-            raise ValueError(f"{prompts} holds no prompts: one in every line")
-    if not conditions:
-        return asked_of(model)
-    numbered = pipelines.classes(model) > 0
-    wrong = next((text for text in conditions if numbered and not text.isdecimal()), None)
-    if wrong is not None:
-        raise ValueError(f"{model} draws classes: give their numbers, not {wrong!r}")
-    chosen = tuple(int(text) if numbered else text for text in conditions)
-    return Asked(chosen, tuple(conditions))
+    return asked(model, conditions, prompts)
 
 
 def _metrics(

@@ -16,13 +16,13 @@ from .base import (
     Pipe,
     Prompts,
     app,
+    asked,
     device_named,
     examples,
     need_extras,
     print_json,
     usage_errors,
 )
-from .eval import _asked
 
 
 @app.command(
@@ -101,11 +101,12 @@ def tune(
 
         goal = Goal.of(max_loss, min_speedup, metric)
         effort = Effort(samples, trial, judged, held_out, batch, tries, methods, time_budget)
-        asked = _asked(pipe, condition or [], prompts, None, 0, seed)
+        questions = asked(pipe, condition or [], prompts)
         loaded = pipelines.load(pipe, device_named(device))
         strength = own_guidance(loaded) if guidance is None else guidance
         # classes in turn, all of them, unless some are named
-        chosen = asked.conditions if condition or prompts or isinstance(asked.conditions[0], str) else ()
+        given = condition or prompts or isinstance(questions.conditions[0], str)
+        chosen = questions.conditions if given else ()
         setup = Setup(num_steps=steps, guidance_scale=strength, seed=seed, conditions=tuple(chosen))
         with progress_bar(goal.text()) as progress:
             found = search(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from ..evaluate.comparison import Comparison
 from ..evaluate.measure import Instruments, Look, measure
 from ..evaluate.rows import Row, Run, run_row, run_rows, uncached
 from ..evaluate.summary import summarise
+from ..work import Results
 
 OWN, SOLUTION = "own", "solution"
 SMALLEST = 11  # pixels of a picture that structural similarity is defined for
-Before = Callable[[Row], None]
 
 
 class Judge:
@@ -52,13 +52,13 @@ class Judge:
         self.many = None if solution is None else Row("solution", "reference", solution)
         self.solved: dict[int, Run] = {}
 
-    def score(self, rows: Sequence[Row], share: float = 1.0, before: Before = lambda row: None) -> list[dict[str, Any]]:
+    def score(self, rows: Sequence[Row], share: float = 1.0) -> list[dict[str, Any]]:
         """Numbers of every row on a share of the samples: psnr, ssim, latent, fd (with features), speed-up, its spread.
 
         Those against the other reference bear its name: `psnr solution`.
         """
-        drawn = self._drawn(rows, max(1, round(share * len(self.parts))), before)
-        return self._scored(drawn)
+        drawn = self._drawn(rows, max(1, round(share * len(self.parts))))
+        return self._scored(rows, drawn, self._measured(rows, drawn, [runs[0] for runs in drawn]))
 
     def warm(self) -> int:
         """Draws the first uncached pictures; pixels of their shorter side."""
@@ -70,28 +70,42 @@ class Judge:
     ) -> tuple[Comparison, list[dict[str, Any]]]:
         """A comparison with the uncached row, for the report, with intervals; and the numbers of `score`."""
         drawn = self._drawn(rows, len(self.parts))
-        instruments = Instruments(ssim=_structured(drawn[0][0]), look=self.look)
-        everything = [self.own, *rows]
-        batches = [
-            measure(everything, runs, part, self._asked(part)[0], instruments)
-            for runs, part in zip(drawn, self.parts, strict=True)
-        ]
+        batches = self._measured(rows, drawn, [runs[0] for runs in drawn])
         seeds = [seed for part in self.parts for seed in self._asked(part)[1]]
-        return summarise(everything, batches, labels, seeds, provenance, baseline=baseline), self._scored(drawn)
+        comparison = summarise([self.own, *rows], batches, labels, seeds, provenance, baseline=baseline)
+        return comparison, self._scored(rows, drawn, batches)
 
-    def _drawn(self, rows: Sequence[Row], count: int, before: Before = lambda row: None) -> list[list[Run]]:
+    def _drawn(self, rows: Sequence[Row], count: int) -> list[list[Run]]:
         """[parts][1 + rows], the uncached row first."""
         return [
-            run_rows(self.pipe, [self.own, *rows], *self._asked(part), self.setup.guidance_scale, number, before)
+            run_rows(self.pipe, [self.own, *rows], *self._asked(part), self.setup.guidance_scale, number)
             for number, part in enumerate(self.parts[:count])
         ]
 
-    def _scored(self, drawn: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
-        own, *found = zip(*drawn, strict=True)
-        references = {OWN: own}
+    def _measured(
+        self, rows: Sequence[Row], drawn: Sequence[Sequence[Run]], references: Sequence[Run]
+    ) -> list[Results]:
+        """Every part against its reference, which is row 0 of the results."""
+        instruments = Instruments(ssim=_structured(references[0]), look=self.look)
+        return [
+            measure([self.own, *rows], [wanted, *runs[1:]], part, self._asked(part)[0], instruments)
+            for part, runs, wanted in zip(self.parts, drawn, references, strict=False)
+        ]
+
+    def _scored(
+        self, rows: Sequence[Row], drawn: Sequence[Sequence[Run]], own: Sequence[Results]
+    ) -> list[dict[str, Any]]:
+        found = {OWN: own}
         if self.many is not None:
-            references[SOLUTION] = tuple(self._solution(n) for n in range(len(drawn)))
-        return [self._numbers(runs, own, references) for runs in found]
+            solved = [self._solution(n) for n in range(len(drawn))]
+            found[SOLUTION] = self._measured(rows, drawn, solved)
+        numbers = []
+        for row in range(1, len(rows) + 1):
+            numbers.append(_speed([runs[row] for runs in drawn], [runs[0] for runs in drawn]))
+            for name, batches in found.items():
+                for measured, value in _closeness(batches, row).items():
+                    numbers[-1][measured if name == self.against else f"{measured} {name}"] = value
+        return numbers
 
     def _asked(self, part: Sequence[int]) -> tuple[list[Any], list[int]]:
         return [self.setup.condition(self.pipe, j) for j in part], [self.setup.seed + j for j in part]
@@ -102,43 +116,40 @@ class Judge:
             self.solved[number] = run_row(self.pipe, self.many, *asked, self.setup.guidance_scale)
         return self.solved[number]
 
-    def _numbers(
-        self, runs: Sequence[Run], own: Sequence[Run], references: Mapping[str, Sequence[Run]]
-    ) -> dict[str, Any]:
-        ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(runs, own, strict=True)]
-        numbers: dict[str, Any] = {
-            "speedup": statistics.median(ratios),
-            "speedup_low": min(ratios),
-            "speedup_high": max(ratios),
-            "compute_fraction": statistics.fmean(run.compute_fraction for run in runs),
-        }
-        for name, reference in references.items():
-            for measured, value in self._against(runs, reference).items():
-                numbers[measured if name == self.against else f"{measured} {name}"] = value
-        return numbers
 
-    def _against(self, runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, float]:
-        rows = [Row("reference", "reference", 1), Row("row", "row", 1)]
-        instruments = Instruments(ssim=_structured(runs[0]), look=self.look)
-        columns: dict[str, list[float]] = {}
-        features: list[list[np.ndarray]] = [[], []]
-        for part, run, wanted in zip(self.parts, runs, reference, strict=False):
-            found = measure(rows, [wanted, run], part, self._asked(part)[0], instruments)
-            for name, values in found.table.items():
-                columns.setdefault(name, []).extend(values[len(part) :])
-            for row in (0, 1):
-                if self.look is not None:
-                    features[row].append(found.arrays[f"features/{row}"])
-        numbers = {
-            "psnr": metrics.decibels(torch.tensor(columns["squared error"]).mean().item()),
-            "latent": statistics.fmean(columns["latent error"]),
-        }
-        if "ssim" in columns:
-            numbers["ssim"] = statistics.fmean(columns["ssim"])
-        if self.look is not None:
-            both = [torch.from_numpy(np.concatenate(one)) for one in features]
-            numbers["fd"] = metrics.frechet_distance(both[1], both[0]) if len(both[0]) > 1 else float("nan")
-        return numbers
+def _speed(runs: Sequence[Run], own: Sequence[Run]) -> dict[str, Any]:
+    ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(runs, own, strict=True)]
+    return {
+        "speedup": statistics.median(ratios),
+        "speedup_low": min(ratios),
+        "speedup_high": max(ratios),
+        "compute_fraction": statistics.fmean(run.compute_fraction for run in runs),
+    }
+
+
+def _closeness(batches: Sequence[Results], row: int) -> dict[str, float]:
+    """Of a row to row 0, over all batches."""
+
+    def column(name: str) -> list[float]:
+        return [
+            value
+            for batch in batches
+            for number, value in zip(batch.table["row"], batch.table[name], strict=True)
+            if number == row
+        ]
+
+    numbers = {
+        "psnr": metrics.decibels(torch.tensor(column("squared error")).mean().item()),
+        "latent": statistics.fmean(column("latent error")),
+    }
+    if "ssim" in batches[0].table:
+        numbers["ssim"] = statistics.fmean(column("ssim"))
+    if f"features/{row}" in batches[0].arrays:
+        features, wanted = (
+            torch.from_numpy(np.concatenate([batch.arrays[f"features/{n}"] for batch in batches])) for n in (row, 0)
+        )
+        numbers["fd"] = metrics.frechet_distance(features, wanted) if len(features) > 1 else float("nan")
+    return numbers
 
 
 def _structured(run: Run) -> bool:
