@@ -17,6 +17,7 @@ ANSWERS = {"when", "which", "fill", "fix"}
 # what a part (a file at the top, or a folder) may import of this package
 ALLOWED: dict[str, set[str]] = {
     "parts": set(),
+    "atomic": set(),
     "clock": set(),
     "plan": {"parts", "drawing"},
     "drawing": {"plan"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "describe": {"plan"},
     "models": {"describe"},
     "parameters": {"parts", "when"},
-    "saved": {"parts", "tensors"},
+    "saved": {"parts", "tensors", "atomic"},
     "card": {"parts", "plan", "saved", "bundled", *ANSWERS},
     "recipe": {"parts", "plan", "tensors", "origin", "parameters", "saved", "card", *ANSWERS},
     "run": {"plan", "fill"},
@@ -42,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "hooks": {"run", "clock", "describe", "plan", "fill", "forward", "which", "streams"},
     "methods": {"recipe", "parameters", "parts", "plan", "tensors", *ANSWERS},
     "cache": {"hooks", "clock", "describe", "run", "plan", "recipe", "when", "parts", "noise", "origin", "fix"},
-    "work": {"parts"},
+    "work": {"parts", "atomic"},
     "bundled": set(),
 }
 ABOVE = {"evaluate", "tune", "train", "calibrate"}

@@ -156,12 +156,12 @@ def test_a_damaged_configuration_is_one_line(text, tmp_path):
     indirect=["engine"],
 )
 def test_a_full_disk_leaves_nothing_half(kind, engine, tmp_path, undisturbed):
-    (tmp_path / f"shard-00002.{kind}.tmp").symlink_to("/dev/full")  # the real path of a write, and a real ENOSPC
+    (tmp_path / f"shard-00002.{kind}.new").symlink_to("/dev/full")  # the real path of a write, and a real ENOSPC
     with pytest.raises(OSError, match=rf"No space left on device: shard-00002\.{kind} was not written") as error:
         run(jobs.Noise(), SAMPLES, SIZE, tmp_path, engine)
     assert "\n" not in str(error.value)
     assert (tmp_path / "shard-00001.json").exists() and not (tmp_path / "shard-00002.json").exists()
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.new"))
     run(jobs.Noise(), SAMPLES, SIZE, tmp_path)
     assert contents(tmp_path) == undisturbed
 
@@ -176,7 +176,7 @@ def test_a_file_that_may_not_grow_is_one_line(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "OSError: [Errno 27] File too large: shard-00000.safetensors was not written" in found.stderr
-    assert not contents(tmp_path) and not list(tmp_path.glob("*.tmp"))
+    assert not contents(tmp_path) and not list(tmp_path.glob("*.new"))
 
 
 # ---- workers --------------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ Files are replaced when all of the new ones are complete: a full disk leaves the
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from . import atomic
 from .parts import Part, jsonable, show
 from .tensors import Tensors
 
@@ -45,24 +44,10 @@ def replace(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         kept = {CARD} if (folder / CARD).exists() and MARK.encode() not in (folder / CARD).read_bytes() else set()
-        with tempfile.TemporaryDirectory(prefix=".recipe-", dir=folder) as scratch:
-            for name, content in files.items():
-                _write(Path(scratch) / name, content)
-            for name in (name for name in FILES if name not in kept):
-                if name in files:
-                    os.replace(Path(scratch) / name, folder / name)
-                else:  # of a recipe that was here before
-                    (folder / name).unlink(missing_ok=True)
+        # those that this recipe does not have are of one that was here before
+        atomic.write_all(folder, {name: files.get(name) for name in FILES if name not in kept})
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}: the recipe was not saved in {str(folder)!r}") from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """On the disk before anything is replaced by it: only then is it known to fit."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read(name: str | Path, parts: Iterable[str], **kwargs: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import atomic
 from ..parts import check_ints, show
 
 FORMAT = "dittocache-statistics-1"
@@ -92,10 +92,9 @@ class Statistics:
             "samples": list(self.samples),
             "record": self.record,
         }
-        new = folder / f"{FILE}.new"
         tensors = {name: t.contiguous() for name, t in self.sums.items()}
-        save_file(tensors, new, metadata={"dittocache": json.dumps(about)})
-        os.replace(new, folder / FILE)
+        with atomic.replacing(folder / FILE) as beside:
+            save_file(tensors, beside, metadata={"dittocache": json.dumps(about)})
         (folder / READABLE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     @classmethod

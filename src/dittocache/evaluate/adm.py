@@ -15,7 +15,6 @@ come in batches and are forgotten: 50,000 samples take 0.6 GB of features and pr
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import atomic
 from ..parts import check_int
 from . import metrics
 from .features import Features
@@ -248,24 +248,23 @@ def write_pictures(path: str | Path, batches: Iterable[Tensor], count: int) -> N
         ValueError: there are more or fewer pictures, or they are not of one size.
     """
     path, written, shape = Path(path), 0, None
-    part = path.with_name(path.name + ".part")
-    try:
-        with zipfile.ZipFile(part, "w") as archive, archive.open(f"{PICTURES}.npy", "w", force_zip64=True) as file:
-            for batch in batches:
-                levels = (batch.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-                if shape is None:
-                    shape = levels.shape[1:]
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                written += len(levels)
-                if levels.shape[1:] != shape or shape[2] != 3 or written > count:
-                    raise ValueError(f"wanted {count} pictures of {shape}; got {written}, of {levels.shape[1:]}")
-                file.write(levels.tobytes())
-            if written != count or shape is None:
-                raise ValueError(f"wanted {count} pictures; got {written}")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with (
+        atomic.replacing(path) as beside,
+        zipfile.ZipFile(beside, "w") as archive,
+        archive.open(f"{PICTURES}.npy", "w", force_zip64=True) as file,
+    ):
+        for batch in batches:
+            levels = (batch.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            if shape is None:
+                shape = levels.shape[1:]
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+            written += len(levels)
+            if levels.shape[1:] != shape or shape[2] != 3 or written > count:
+                raise ValueError(f"wanted {count} pictures of {shape}; got {written}, of {levels.shape[1:]}")
+            file.write(levels.tobytes())
+        if written != count or shape is None:
+            raise ValueError(f"wanted {count} pictures; got {written}")
 
 
 def _keys(path: str | Path) -> list[str]:

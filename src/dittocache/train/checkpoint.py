@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .. import atomic
 from ..parts import show
 
 
@@ -22,13 +22,8 @@ def write(path: Path, form: str, tensors: Mapping[str, Tensor], state: Mapping[s
         form: name of the format.
         state: JSON values.
     """
-    beside = path.with_name(f"{path.name}.tmp")
     header = {"format": form, "state": json.dumps(state)}
-    with beside.open("wb") as file:
-        file.write(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, header))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    atomic.write(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, header))
 
 
 def read(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import origin, saved
+from ..atomic import BESIDE
 from ..calibrate.base import digest
 from ..calibrate.setup import Setup, check_uncached
 from ..parts import check_int, show
@@ -172,7 +173,7 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder")
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = {name + end for name in FILES for end in ("", ".tmp")}
+    ours = {name + end for name in FILES for end in ("", BESIDE)}
     foreign = sorted(found - ours if CHECKPOINT in found else found - ours | found & {FILE, ARRAYS})
     if foreign:
         raise ValueError(f"{str(folder)!r} holds {foreign[0]!r}, which no training wrote: choose another folder")

@@ -15,13 +15,13 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import atomic
 from .task import Results, Shard
 
 FORMAT = "dittocache-work-1"
@@ -157,16 +157,9 @@ class Folder:
         return self.path / f"shard-{shard.number:05d}.{kind}"
 
     def _write(self, name: str, content: bytes) -> None:
-        scratch = self.path / f"{name}.tmp"
         try:
-            with scratch.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, self.path / name)
+            atomic.write(self.path / name, content)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
             raise OSError(
                 error.errno,
                 f"{error.strerror}: {name} was not written in {self.path}; what is there is whole, and the same "
