@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dittocache.evaluate import Comparison, Result, findings
-from dittocache.evaluate.compare import cached, fewer, uncached
+from dittocache.evaluate.compare import cached, compare, fewer, uncached
 from dittocache.evaluate.comparison import FEWER_STEPS, UNCACHED, Score, side_by_side
+from dittocache.evaluate.rows import Row, run_row
 from dittocache.evaluate.steps import step_errors
 
 
@@ -162,23 +163,26 @@ def test_a_name_that_occurs_twice_is_refused(full):
 
 
 # ---- error against step ---------------------------------------------------------------------------------------------
-def test_errors_by_step_do_not_depend_on_the_chunk_and_start_at_zero(bundled_pipe):
-    rows = [uncached(6), fewer(3), cached("none", 6), cached("fora", 6, "FORA", interval=3)]
-    found = step_errors(bundled_pipe, rows, [0, 1, 2], [5, 6, 7], 1.5, chunk=3)
-    assert set(found) == {"none", "FORA"}  # fewer steps have no step to compare with
+def errors_of(pipe, rows, conditions, seeds, guidance=1.5):
+    return step_errors(rows, (run_row(pipe, row, conditions, seeds, guidance, every_step=True) for row in rows))
+
+
+def test_errors_by_step_start_at_zero(bundled_pipe):
+    other = Row("solver", "fewer steps", 6, scheduler="DPMSolverMultistepScheduler")
+    rows = [uncached(6), fewer(3), cached("none", 6), cached("fora", 6, "FORA", interval=3), other]
+    found = errors_of(bundled_pipe, rows, [0, 1, 2], [5, 6, 7])
+    assert set(found) == {"none", "FORA"}  # fewer or other steps have none to compare with
     assert found["none"] == (0.0,) * 6
     assert len(found["FORA"]) == 6 and found["FORA"][0] == 0  # the first step is computed
     assert all(0 < error < 1 for error in found["FORA"][2:])
-    apart = step_errors(bundled_pipe, rows, [0, 1, 2], [5, 6, 7], 1.5, chunk=2)
-    assert apart["FORA"] == pytest.approx(found["FORA"], rel=1e-3, abs=1e-6)
 
 
-def test_the_last_error_is_that_of_the_pictures(bundled_pipe):
+def test_errors_by_step_are_those_that_a_callback_sees(bundled_pipe):
     import torch
 
     from dittocache import enable
 
-    def draw() -> torch.Tensor:
+    def draw() -> list[torch.Tensor]:
         generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
         latents = []
 
@@ -187,18 +191,20 @@ def test_the_last_error_is_that_of_the_pictures(bundled_pipe):
             return inputs
 
         bundled_pipe([0, 1], num_inference_steps=4, guidance_scale=1.5, generator=generators, callback_on_step_end=keep)
-        return latents[-1]
+        return latents
 
     rows = [uncached(4), cached("fora", 4, interval=2)]
-    found = step_errors(bundled_pipe, rows, [0, 1], [5, 6], 1.5)
+    found = errors_of(bundled_pipe, rows, [0, 1], [5, 6])
     reference = draw()
     with enable(bundled_pipe, rows[1].recipe):
         drawn = draw()
-    assert found[rows[1].label][-1] == pytest.approx(float((drawn - reference).norm() / reference.norm()), rel=1e-4)
+    wanted = [float((x - r).norm() / r.norm()) for x, r in zip(drawn, reference)]
+    assert found[rows[1].label] == pytest.approx(wanted, rel=1e-4)
+    assert wanted[-1] > 0
 
 
-def test_a_pipeline_without_callbacks_has_no_errors_by_step():
-    from diffusers import DiTPipeline
-
-    pipe = DiTPipeline.__new__(DiTPipeline)
-    assert step_errors(pipe, [uncached(2), cached("fora", 2)], [0, 1], [0, 1], 1.5) == {}
+def test_a_comparison_has_errors_by_step(bundled_pipe):
+    rows = [uncached(4), fewer(2), cached("fora", 4, interval=2)]
+    found = compare(bundled_pipe, rows, [0, 1, 2], [5, 6, 7], chunk=2)
+    wanted = errors_of(bundled_pipe, [rows[0], rows[2]], [0, 1], [5, 6])  # no more at once than are drawn at once
+    assert [row.step_errors for row in found.results] == [None, None, wanted[rows[2].label]]

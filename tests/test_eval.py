@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -12,14 +13,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
 from test_features import made  # weights at random under which features differ
 from typer.testing import CliRunner
 
 from dittocache import bundled
 from dittocache.cli import app
 from dittocache.evaluate import Comparison, compare, metrics, pipelines
-from dittocache.evaluate.rows import Row, cached, fewer, run_row, run_rows, uncached
+from dittocache.evaluate.rows import Row, _watched, cached, fewer, run_row, run_rows, uncached
+from dittocache.evaluate.steps import step_errors
 from dittocache.evaluate.task import Asked, Evaluation, asked_of, summary
 from dittocache.work import run as work
 
@@ -73,9 +75,37 @@ def test_rows_take_turns_at_being_first(bundled_pipe):
 def test_a_pipeline_without_callbacks(dit_folder):
     """DiTPipeline has none; and it steps both halves of guidance."""
     pipe = pipelines.load(str(dit_folder))
-    plain, found = (run_row(pipe, row, [1, 2], [0, 1], 4.0) for row in (uncached(4), cached("fora", 4, interval=2)))
+    rows = uncached(4), cached("fora", 4, interval=2)
+    plain, found = (run_row(pipe, row, [1, 2], [0, 1], 4.0, every_step=True) for row in rows)
     assert found.latents.shape == (2, 4, 8, 8) and found.compute_fraction < 1
     assert metrics.latent_errors(found.latents, plain.latents).min() > 0
+    (errors,) = step_errors(rows, [plain, found]).values()
+    assert len(errors) == 4 and errors[0] == 0
+    assert errors[-1] == pytest.approx(float((found.latents - plain.latents).norm() / plain.latents.norm()), rel=1e-5)
+
+
+def test_a_copy_of_a_watched_scheduler_is_its_own():
+    """LTX-2 draws sound with a copy."""
+    scheduler, seen = FlowMatchEulerDiscreteScheduler(), []
+    scheduler.set_timesteps(3)
+    x, t = torch.ones(1, 4), scheduler.timesteps[0]
+    with _watched(scheduler, seen.append):
+        other = copy.deepcopy(scheduler)
+        other.step(x, t, x)
+        assert (other.step_index, scheduler.step_index, seen) == (1, None, [])
+        after = scheduler.step(x, t, x).prev_sample
+    assert len(seen) == 1 and seen[0] is after and scheduler.step_index == 1
+
+
+def test_what_is_no_picture_is_refused(bundled_pipe, monkeypatch):
+    call = type(bundled_pipe).__call__
+
+    def flat(self, class_labels=None, guidance_scale=1.5, **kwargs):
+        return (call(self, class_labels, **kwargs).images[..., 0],)
+
+    monkeypatch.setattr(type(bundled_pipe), "__call__", flat)
+    with pytest.raises(ValueError, match="GlyphsPipeline draws neither pictures nor videos: it cannot be measured"):
+        run_row(bundled_pipe, uncached(2), [3], [0])
 
 
 # ---- the task -------------------------------------------------------------------------------------------------------

@@ -78,6 +78,24 @@ def takes(pipe: Any) -> str:
     raise ValueError(f"{type(pipe).__name__} takes neither class_labels nor prompt: it cannot be sampled here")
 
 
+def guidance(pipe: Any, scale: float | None) -> dict[str, float]:
+    """The argument that sets the strength of guidance; none where the pipeline's own is wanted (None).
+
+    Raises:
+        ValueError: the pipeline has no such argument, and is asked for guidance.
+    """
+    if guided(pipe):
+        return {} if scale is None else {"guidance_scale": scale}
+    if scale not in (None, 1):
+        raise ValueError(f"{type(pipe).__name__} takes no guidance_scale: it must be 1 there; got {show(scale)}")
+    return {}
+
+
+def guided(pipe: Any) -> bool:
+    """Whether a pipeline takes a strength of guidance; others have none, or keep it in a part of their own."""
+    return "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+
+
 def denoiser(pipe: Any) -> Any:
     """The network of a pipeline that is called every step.
 
@@ -119,17 +137,21 @@ def conditional_half(pipe: Any) -> int:
 
 
 def draw(pipe: Any, setup: Setup, samples: Sequence[int], output_type: str = "pt") -> Any:
-    """Draws some samples with whatever cache is on; pictures [n, channels, height, width] for output_type "pt"."""
+    """Draws some samples with whatever cache is on.
+
+    Returns:
+        For output_type "pt", pictures [n, channels, height, width] or videos [n, frames, channels, height, width].
+    """
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", message="dittocache:")  # everything is computed here, and is meant to be
         torch.manual_seed(setup.seed + samples[0])  # some pipelines do not hand their generators on to the scheduler
         return pipe(
             **{takes(pipe): [setup.condition(pipe, j) for j in samples]},
             num_inference_steps=setup.num_steps,
-            guidance_scale=setup.guidance_scale,
             generator=[setup.generator(j) for j in samples],
             output_type=output_type,
-        ).images
+            **guidance(pipe, setup.guidance_scale),
+        )[0]
 
 
 class _Begun(Exception):

@@ -9,7 +9,8 @@ import torch
 
 from .measure import Instruments, Look, measure
 from .provenance import provenance
-from .rows import Row, cached, fewer, own_guidance, run_row, run_rows, standard_rows, uncached
+from .rows import Row, Run, cached, fewer, own_guidance, run_row, run_rows, standard_rows, uncached
+from .steps import FEW, step_errors
 from .summary import summarise
 
 if TYPE_CHECKING:
@@ -41,12 +42,13 @@ def compare(
     Paired: picture j has the same condition and seed in every row. Interleaved: the pictures are cut into chunks, and
     for every chunk all rows run one after another, in an order that rotates from chunk to chunk, so that whatever else
     the machine does meets all rows alike. The speed-up of a row is the median over the chunks of the ratio
-    reference time / row time. A run of one picture of every row comes first and is not timed.
+    reference time / row time. A run of a few pictures of every row comes first and is not timed: it says how far the
+    latents of every step are from the reference's.
 
     Args:
-        pipe: called like diffusers' DiTPipeline or PixArtAlphaPipeline.
+        pipe: one that draws pictures or videos of classes or prompts, without a cache.
         rows: the first is the reference, and is not cached.
-        conditions: class or prompt of every picture, the pipeline's first argument.
+        conditions: class or prompt of every picture.
         seeds: seed of every picture's generator.
         chunk: pictures drawn at once.
         guidance_scale: strength of guidance; by default the pipeline's own.
@@ -81,16 +83,19 @@ def compare(
             progress(done, total, row.label)
         done += 1
 
-    for row in rows:
+    def first(row: Row) -> Run:
         count(row)
-        run_row(pipe, row, conditions[:1], seeds[:1], guidance_scale)
+        part = slice(min(chunk, FEW))
+        return run_row(pipe, row, conditions[part], seeds[part], guidance_scale, every_step=True)
+
+    facts = {"step_errors": step_errors(rows, map(first, rows))}
     look = None if judge is None else _look(judge)
     batches = []
     for number, start in enumerate(starts):
         part = slice(start, start + chunk)
         runs = run_rows(pipe, rows, conditions[part], seeds[part], guidance_scale, number, count)
         samples = range(len(conditions))[part]
-        batches.append(measure(rows, runs, samples, conditions[part], Instruments(look=look)))
+        batches.append(measure(rows, runs, samples, conditions[part], Instruments(look=look), facts))
     if progress:
         progress(total, total, "done")
     texts = list(names) if names is not None else [str(condition) for condition in conditions]

@@ -41,17 +41,23 @@ def measure(
     samples: Sequence[int],
     conditions: Sequence[Any],
     instruments: Instruments,
+    facts: Mapping[str, Any] | None = None,
 ) -> Results:
     """A batch as a shard's results; the first row is the reference.
 
     The table has a line for every row and sample; arrays are `pictures/0` (uint8 [n, h, w, c]), `latents/0`, and
-    `features/0` (and what else is kept) of row 0, and so on.
+    `features/0` (and what else is kept) of row 0, and so on. Of a video, squared error and structural similarity are
+    means over its frames; networks look at its middle frame, which is also the one that is kept.
+
+    Args:
+        facts: more that is known of the batch, as JSON values.
     """
     columns: dict[str, list[Any]] = {"row": [], "sample": []}
     arrays: dict[str, np.ndarray] = {}
-    wanted = _tensor(runs[0].pictures)
+    wanted, stills = _tensor(runs[0].pictures), _tensor(middle(runs[0].pictures))
+    frames = {"frames": runs[0].pictures.shape[1]} if runs[0].pictures.ndim == 5 else {}
     for number, run in enumerate(runs):
-        pictures = _tensor(run.pictures)
+        pictures, still = _tensor(run.pictures), _tensor(middle(run.pictures))
         found: dict[str, Any] = {
             "squared error": metrics.squared_errors(pictures, wanted),
             "latent error": metrics.latent_errors(run.latents, runs[0].latents),
@@ -59,14 +65,14 @@ def measure(
         if instruments.ssim:
             found["ssim"] = metrics.ssims(pictures, wanted)
         for name, score in instruments.scores.items():
-            beside = wanted if score.beside == "references" else [str(condition) for condition in conditions]
-            found[name] = score(pictures, beside)
+            beside = stills if score.beside == "references" else [str(condition) for condition in conditions]
+            found[name] = score(still, beside)
         if instruments.look is not None:
             with torch.no_grad():
-                seen = instruments.look(pictures)
+                seen = instruments.look(still)
             found["class"] = seen["probabilities"].argmax(1)
             arrays |= {f"{name}/{number}": seen[name].numpy() for name in instruments.keep}
-        arrays[f"pictures/{number}"] = uint8(run.pictures)
+        arrays[f"pictures/{number}"] = uint8(middle(run.pictures))
         arrays[f"latents/{number}"] = run.latents.float().numpy()
         columns["row"] += [number] * len(samples)
         columns["sample"] += samples
@@ -75,10 +81,8 @@ def measure(
     return Results(
         columns,
         arrays,
-        {"rows": [_facts(row, run) for row, run in zip(rows, runs, strict=True)]},
-        {
-            "seconds": [run.seconds for run in runs],
-        },
+        {"rows": [_facts(row, run) for row, run in zip(rows, runs, strict=True)], **frames, **(facts or {})},
+        {"seconds": [run.seconds for run in runs]},
     )
 
 
@@ -92,8 +96,13 @@ def _facts(row: Row, run: Run) -> dict[str, Any]:
     }
 
 
+def middle(pictures: np.ndarray) -> np.ndarray:
+    """The middle frame of videos [n, frames, h, w, c]; pictures [n, h, w, c] as they are."""
+    return pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
+
+
 def _tensor(pictures: np.ndarray) -> Tensor:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(pictures).movedim(-1, -3).float()
 
 
 def uint8(pictures: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How far pictures are from their references, one by one and as sets: pure tensor functions.
 
-Pictures are float tensors [n, channels, height, width] in [0, 1]; pairs share their first dimension. Features are
-tensors [n, d].
+Pictures are float tensors [n, channels, height, width] in [0, 1], videos [n, frames, channels, height, width]; pairs
+share their first dimension. Features are tensors [n, d].
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Moments = tuple[Tensor, Tensor]  # mean [d] and covariance [d, d], float64
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
 def squared_errors(pictures: Tensor, references: Tensor) -> Tensor:
-    """Mean squared error of every picture, float64 [n].
+    """Mean squared error of every picture or video, float64 [n].
 
     Args:
-        pictures: [n, c, h, w].
+        pictures: [n, c, h, w] or [n, frames, c, h, w].
         references: the same shape.
     """
     _check_pair(pictures, references)
-    return (pictures.double() - references.double()).square().mean((1, 2, 3))
+    return (pictures.double() - references.double()).square().flatten(1).mean(1)
 
 
 def decibels(error: float) -> float:
@@ -49,19 +49,25 @@ def psnr(pictures: Tensor, references: Tensor) -> float:
 def ssims(pictures: Tensor, references: Tensor) -> Tensor:
     """Structural similarity of every picture, float64 [n]: 1 for equal ones (Gaussian window, sigma 1.5, range 1).
 
+    Of a video, the mean over its frames.
+
     Args:
-        pictures: [n, c, h, w] in [0, 1], at least 11 pixels high and wide.
+        pictures: [n, c, h, w] or [n, frames, c, h, w] in [0, 1], at least 11 pixels high and wide.
         references: the same shape.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     _check_pair(pictures, references)
-    if min(pictures.shape[2:]) < WINDOW:
+    if min(pictures.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM needs pictures of {WINDOW} pixels a side or more; got {list(pictures.shape)}")
     # one by one: torchmetrics drops the dimension of a single picture, and all at once takes five copies of the set
-    options = {"data_range": 1.0, "reduction": "sum"}
-    pairs = zip(pictures.float().split(1), references.float().split(1), strict=True)
-    return torch.stack([structural_similarity_index_measure(*pair, **options) for pair in pairs]).double()
+    pairs = zip(_frames(pictures), _frames(references), strict=True)
+    return torch.stack([structural_similarity_index_measure(*pair, data_range=1.0) for pair in pairs]).double()
+
+
+def _frames(pictures: Tensor) -> list[Tensor]:
+    """[frames, c, h, w] of every picture or video."""
+    return [one.flatten(0, -4) for one in pictures.float().split(1)]
 
 
 def ssim(pictures: Tensor, references: Tensor) -> float:
@@ -182,6 +188,6 @@ def _exp_divergence(probabilities: Tensor) -> float:
 
 
 def _check_pair(pictures: Tensor, references: Tensor) -> None:
-    if pictures.ndim != 4 or pictures.shape != references.shape:
+    if pictures.ndim not in (4, 5) or pictures.shape != references.shape:
         shapes = f"{list(pictures.shape)} and {list(references.shape)}"
-        raise ValueError(f"pictures and references share a shape [n, c, h, w]; got {shapes}")
+        raise ValueError(f"pictures and references share a shape [n, c, h, w] or [n, frames, c, h, w]; got {shapes}")

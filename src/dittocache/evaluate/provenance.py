@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..calibrate.setup import denoiser
+from ..calibrate.setup import denoiser, guided
 
 
 def provenance(pipe: Any, model: str, steps: int, guidance_scale: float, chunk: int) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def provenance(pipe: Any, model: str, steps: int, guidance_scale: float, chunk: 
         "network": f"{type(network).__name__}, {parameters / 1e6:.1f} M parameters, {str(network.dtype)[6:]}",
         "scheduler": type(pipe.scheduler).__name__,
         "steps": steps,
-        "guidance_scale": guidance_scale,
+        "guidance_scale": guidance_scale if guided(pipe) else None,
         "chunk": chunk,
         "machine": machine(network.device),
         "threads": torch.get_num_threads(),

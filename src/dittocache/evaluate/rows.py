@@ -9,7 +9,9 @@ import hashlib
 import inspect
 import json
 import time
+import types
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibrate.setup import takes
+from ..calibrate.setup import guidance as guidance_of
+from ..calibrate.setup import guided, takes
 from ..plan import Plan
 from .comparison import FEWER_STEPS, UNCACHED
 
@@ -109,19 +112,24 @@ class Run:
     """What one row did with some pictures.
 
     Args:
-        pictures: float [n, h, w, c] in [0, 1].
-        latents: what the scheduler ended with, [n, ...] on the CPU.
+        pictures: float in [0, 1], [n, h, w, c], or [n, frames, h, w, c] of videos.
+        path: [n, ...] what the scheduler made in every step, in order; of the last one only, unless asked for.
         seconds: wall-clock time.
         compute_fraction, bytes_peak, plan, warnings: of the cache's report; 1, 0, None and none without one.
     """
 
     pictures: np.ndarray
-    latents: Tensor
+    path: tuple[Tensor, ...]
     seconds: float
     compute_fraction: float = 1.0
     bytes_peak: int = 0
     plan: Plan | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def latents(self) -> Tensor:
+        """What the scheduler ended with, on the CPU."""
+        return self.path[-1].cpu()
 
 
 def run_rows(
@@ -137,7 +145,7 @@ def run_rows(
 
     Args:
         pipe: the pipeline, without a cache.
-        conditions, seeds: class or prompt, and seed, of every picture.
+        conditions, seeds: class or prompt, and seed, of every picture or video.
         guidance: strength of guidance; by default the pipeline's own.
         turn: row number `turn` modulo their number is the first; let it count up, and no row is always the first.
         before: called before every run.
@@ -150,24 +158,34 @@ def run_rows(
     return [runs[row.label] for row in rows]
 
 
-def run_row(pipe: Any, row: Row, conditions: Sequence[Any], seeds: Sequence[int], guidance: float | None = None) -> Run:
-    """Draws pictures in one way; the pipeline is left as it was. Arguments as in `run_rows`."""
+def run_row(
+    pipe: Any,
+    row: Row,
+    conditions: Sequence[Any],
+    seeds: Sequence[int],
+    guidance: float | None = None,
+    every_step: bool = False,
+) -> Run:
+    """Draws pictures in one way; the pipeline is left as it was.
+
+    Args:
+        every_step: keep the latents of all steps, not only the last ones; others as in `run_rows`.
+
+    Raises:
+        ValueError: the pipeline takes no such arguments, or what it returns is no picture and no video.
+    """
     from .. import enable
 
     options = {takes(pipe): list(conditions), "num_inference_steps": row.steps, "output_type": "np"}
-    options |= {} if guidance is None else {"guidance_scale": guidance}
+    options |= guidance_of(pipe, guidance)
 
     def draw(see: Callable[[Tensor], None]) -> np.ndarray:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         torch.manual_seed(seeds[0])  # some pipelines do not hand their generators on to the scheduler
         with _watched(pipe.scheduler, see):
-            return pipe(**options, generator=generators).images
+            return pipe(**options, generator=generators)[0]
 
-    last: list[Tensor] = []
-
-    def keep(latents: Tensor) -> None:
-        last[:] = [latents]
-
+    seen: deque[Tensor] = deque(maxlen=None if every_step else 1)
     with scheduled(pipe, row.scheduler), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="dittocache:")  # they stand in the report
         cache = None if row.recipe is None else enable(pipe, row.recipe)
@@ -176,23 +194,26 @@ def run_row(pipe: Any, row: Row, conditions: Sequence[Any], seeds: Sequence[int]
                 with contextlib.suppress(_Enough):  # the first forward after `enable` also counts FLOPs
                     draw(_enough)
             begin = time.perf_counter()
-            pictures = draw(keep)
+            pictures = draw(seen.append)
             seconds = time.perf_counter() - begin
+            if not seen or pictures.ndim not in (4, 5):
+                what = "steps none but copies of its scheduler" if not seen else "draws neither pictures nor videos"
+                raise ValueError(f"{type(pipe).__name__} {what}: it cannot be measured here")
             # some pipelines step both halves of guidance; the first is the picture's
-            latents = last[0][: len(pictures)].cpu()
+            path = tuple(latents[: len(pictures)] for latents in seen)
             if cache is None:
-                return Run(pictures, latents, seconds)
+                return Run(pictures, path, seconds)
             found = cache.report()
             told = tuple(found.warnings)
-            return Run(pictures, latents, seconds, found.compute_fraction, found.bytes_peak, cache.trace, told)
+            return Run(pictures, path, seconds, found.compute_fraction, found.bytes_peak, cache.trace, told)
         finally:
             if cache is not None:
                 cache.disable()
 
 
 def own_guidance(pipe: Any) -> float:
-    """Strength of guidance that a pipeline takes if nobody says."""
-    return inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    """Strength of guidance that a pipeline takes if nobody says; 1 where none can be said."""
+    return inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default if guided(pipe) else 1.0
 
 
 class _Enough(Exception):
@@ -206,15 +227,15 @@ def _enough(latents: Tensor) -> None:
 @contextlib.contextmanager
 def _watched(scheduler: Any, see: Callable[[Tensor], None]) -> Iterator[None]:
     """Shows the latents after every step. (Not every pipeline has a callback for that.)"""
-    original = scheduler.step
 
-    @functools.wraps(original)  # pipelines look at the signature
-    def step(*args: Any, **kwargs: Any) -> Any:
-        out = original(*args, **kwargs)
-        see(out[0])
+    @functools.wraps(type(scheduler).step)  # pipelines look at the signature
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = type(self).step(self, *args, **kwargs)
+        if self is scheduler:  # and no copy, such as that which draws the sound of a video
+            see(out[0])
         return out
 
-    scheduler.step = step
+    scheduler.step = types.MethodType(step, scheduler)  # copies of the scheduler get one that is bound to them
     try:
         yield
     finally:

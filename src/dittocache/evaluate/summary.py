@@ -59,10 +59,12 @@ def summarise(
     """
     found = [_Row() for _ in rows]
     errors: dict[str, Any] = {}
-    processes = set()
+    processes: set[Any] = set()
+    frames: dict[str, int] = {}
     for batch in batches:
         _add(found, batch, shown=len(found[0].columns.get("sample", ())) < SHOWN)
         errors |= batch.facts.get("step_errors", {})
+        frames |= {"frames": batch.facts["frames"]} if "frames" in batch.facts else {}
         processes.add((batch.timing.get("host"), batch.timing.get("process")))
     measured = [_measured(row, found[0], classes, sets, resamples) for row in found]
     scores = [_scores(one, len(seeds)) for one in measured]
@@ -81,7 +83,7 @@ def summarise(
         apart = errors.get(row.label)
         results.append(dataclasses.replace(result, step_errors=None if apart is None else tuple(apart)))
     pictures = {row.label: np.concatenate(data.pictures)[:SHOWN] for row, data in zip(rows, found, strict=True)}
-    told = {**provenance, "samples": len(seeds), "processes": len(processes)}
+    told = {**provenance, "samples": len(seeds), "processes": len(processes), **frames}
     told |= {} if baseline is None else {"baseline": baseline}
     return Comparison(tuple(results), pictures, tuple(labels[:SHOWN]), tuple(seeds[:SHOWN]), told)
 

@@ -22,7 +22,7 @@ from .comparison import Comparison
 from .measure import Instruments, measure
 from .provenance import command, provenance, versions
 from .rows import Row, own_guidance, run_row, run_rows, scheduler_class
-from .steps import step_errors
+from .steps import FEW, alike, step_errors
 from .summary import summarise
 
 PAIRED = ("psnr", "ssim", "latent-error")  # measures of pairs; the first and the last cost nothing
@@ -187,21 +187,22 @@ class Evaluation:
         asked, seeds = [self.condition(j) for j in samples], [self.seed + j for j in samples]
         turn = samples[0] // self.batch
         runs = run_rows(self.pipe, self.rows, asked, seeds, self.guidance_scale, turn)
-        found = measure(self.rows, runs, samples, asked, self.instruments)
+        facts = {"step_errors": self._step_errors(asked[:FEW], seeds[:FEW])} if 0 in samples else {}
+        found = measure(self.rows, runs, samples, asked, self.instruments, facts)
         guidance = self.guidance_scale if self.guidance_scale is not None else own_guidance(self.pipe)
-        facts = dict(found.facts)
-        if 0 in samples:  # a few samples are enough to see where errors come from
-            facts["step_errors"] = step_errors(self.pipe, self._own_scheduler(), asked, seeds, guidance)
         made = provenance(self.pipe, self.model, self.rows[0].steps, guidance, self.batch)
         timing = {**found.timing, "host": platform.node(), "process": os.getpid(), "provenance": made}
-        return Results(found.table, found.arrays, facts, timing)
+        return Results(found.table, found.arrays, found.facts, timing)
 
     def condition(self, sample: int) -> Any:
         return self.conditions[sample % len(self.conditions)]
 
-    def _own_scheduler(self) -> list[Row]:
-        """Rows whose steps can be compared one by one."""
-        return [row for row in self.rows if row.scheduler is None]
+    def _step_errors(self, asked: Sequence[Any], seeds: Sequence[int]) -> dict[str, tuple[float, ...]]:
+        """By label, of the rows whose steps can be compared with the reference's; each is drawn once more."""
+        rows = [row for row in self.rows if alike(row, self.rows[0])]
+        return step_errors(
+            rows, (run_row(self.pipe, row, asked, seeds, self.guidance_scale, every_step=True) for row in rows)
+        )
 
 
 def _short(conditions: Sequence[Any]) -> Any:

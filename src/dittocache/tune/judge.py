@@ -63,7 +63,7 @@ class Judge:
     def warm(self) -> int:
         """Draws the first uncached pictures; pixels of their shorter side."""
         (runs,) = self._drawn([], 1)
-        return min(runs[0].pictures.shape[1:3])
+        return min(runs[0].pictures.shape[-3:-1])
 
     def compare(
         self, rows: Sequence[Row], labels: Sequence[str], provenance: Mapping[str, Any], baseline: str
@@ -154,4 +154,4 @@ def _closeness(batches: Sequence[Results], row: int) -> dict[str, float]:
 
 def _structured(run: Run) -> bool:
     """Whether pictures are large enough for structural similarity."""
-    return min(run.pictures.shape[1:3]) >= SMALLEST
+    return min(run.pictures.shape[-3:-1]) >= SMALLEST
