@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from dittocache import Recipe
 from dittocache.calibrate import Setup
 from dittocache.calibrate.trial import Trial
 from dittocache.clock import observed
-from dittocache.fill import Entry, Orders
+from dittocache.fill import Entry, Linear, Orders
 from dittocache.tune import Forecasts, StepErrors, candidates, cheapest, loss, measure, planned, search, solve
-from dittocache.tune.errors import _Observer, _table, draw, fillings_of, guided, mixing
+from dittocache.tune.errors import Filling, _Observer, _replay, _table, draw, fillings_of, guided, mixing
 from dittocache.when import ReuseSteps
 
 STEPS = 6
@@ -48,16 +49,56 @@ def prediction_error(pipe, recipe: Recipe, k: int) -> float:
         return float((predictions() - plain).square().sum() / 3)
 
 
-@pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize("k", [2, 4])
-def test_an_error_is_that_of_a_run_that_fills_this_step(pipe, errors, k, order):
-    """Up to step k such a run is the uncached one."""
-    found = prediction_error(pipe, Recipe(ReuseSteps((k,)), fill=Orders((order,) * STEPS)), k)
-    other = prediction_error(pipe, Recipe(ReuseSteps((k,)), fill=Orders((1 - order,) * STEPS)), k)
-    assert found != pytest.approx(other, rel=1e-3)
-    better = min((found, order), (other, 1 - order))
-    assert errors.costs[k, k - 1, k - 2] == pytest.approx(errors.weights[k] * better[0], rel=1e-4)
-    assert errors.orders[k, k - 1, k - 2] == better[1]
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_the_order_with_the_least_error_is_chosen(pipe, errors, k):
+    """Of runs that fill this step alone; order 2 needs three computed steps."""
+    recipes = [Recipe(ReuseSteps((k,)), fill=Orders((order,) * STEPS)) for order in range(min(k, 3))]
+    found = [prediction_error(pipe, recipe, k) for recipe in recipes]
+    first, second, *_ = sorted(found)
+    assert first < 0.999 * second
+    assert errors.costs[k, k - 1, k - 2] == pytest.approx(errors.weights[k] * first, rel=1e-4)
+    assert errors.orders[k, k - 1, k - 2] == found.index(first)
+
+
+REPLAYED = [  # with the factors of the outputs before step k, newest first
+    (Filling(5, 3, None, 0), [0, 1]),
+    (Filling(3, 2, 1, 1), [2, -1]),
+    (Filling(5, 4, 2, 1), [1.5, 0, -0.5]),
+    (Filling(3, 2, 1, 2), [2.5, -2, 0.5]),
+    (Filling(4, 2, 1, 2), [0, 5, -6, 2]),
+    (Filling(5, 4, 2, 2), [1.625, 0, -0.75, 0, 0.125]),
+    (Filling(5, 4, 1, 2), [25 / 18, 0, 0, -10 / 18, 3 / 18]),  # 2 p - a is -2: the first
+]
+
+
+@pytest.mark.parametrize(("filling", "factors"), REPLAYED)
+def test_an_error_is_that_of_a_run_that_fills_this_step(pipe, filling, factors):
+    """Up to step k such a run is the uncached one. Series worked out by hand, D2 = (D1 - D1 of before) / h."""
+    k, padding = filling.k, [0.0] * (5 - len(factors))
+    table = [(1.0, 0.0, 0.0, 0.0, 0.0)] * k + [(*map(float, factors), *padding)] + [(1.0, 0.0, 0.0, 0.0, 0.0)] * 5
+    found = prediction_error(pipe, Recipe(ReuseSteps((k,)), fill=Linear(tuple(table))), k)
+    (measured,) = _replay(pipe, SETUP, [0, 1, 2], [filling])
+    assert measured / 3 == pytest.approx(found, rel=1e-4)
+
+
+def test_a_plan_does_what_was_measured(pipe, errors):
+    """Its last step is filled from steps 4, 2 and 0, with the order that was chosen."""
+    (measured,) = _replay(pipe, SETUP, [0, 1, 2], [Filling(5, 4, 2, 2)])
+    orders = np.where(np.arange(STEPS)[:, None, None] == 5, 2, errors.orders)
+    recipe = planned(replace(errors, orders=orders), (0, 2, 4))
+    assert recipe.fill.orders[5] == 2 and recipe.fill.factors([4, 2, 0], 5) == [1.625, -0.75, 0.125]
+    alone = replace(recipe, when=ReuseSteps((5,)))
+    assert alone.fill.factors([4, 3, 2], 5) == [2.5, -2, 0.5], "what a run has computed counts"
+    (near,) = _replay(pipe, SETUP, [0, 1, 2], [Filling(5, 4, 3, 2)])
+    assert near != pytest.approx(measured, rel=1e-2)
+    assert prediction_error(pipe, alone, 5) == pytest.approx(near / 3, rel=1e-4)
+
+
+def test_a_forecast_of_order_2_has_three_outputs():
+    found = fillings_of(8, 3, (1, 2))
+    assert all(len(set(one.history)) == one.order + 1 for one in found)
+    assert {(one.a, one.p) for one in found if one.order == 2} == {(one.a, one.p) for one in found if one.p}
+    assert Filling(7, 6, 4, 2).history == [6, 4, 2] and Filling(7, 6, 1, 2).history == [6, 1, 0]
 
 
 def test_what_was_not_measured(errors):
@@ -67,12 +108,22 @@ def test_what_was_not_measured(errors):
 
 
 def test_a_gap_that_was_not_measured_counts_as_the_nearest():
-    """Here forecasts are better, the more so the wider the gap."""
+    """Here forecasts are better the wider the gap, and the higher their order."""
     fillings = fillings_of(8, 2, (1, 3))
-    costs = np.array([1.0 if p is None else 0.5 / (a - p) for _, a, p, _ in fillings])
+    costs = np.array([1.0 if p is None else 0.5 / (a - p) / order for _, a, p, order in fillings])
     found = _table(8, fillings, costs, np.ones(8), (1, 3))
-    assert found.costs[6, 5, :5].tolist() == [0.5 / gap for gap in (3, 3, 3, 3, 1)]
-    assert found.costs[6, 5, 8] == 1 and found.orders[6, 5].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert found.costs[6, 5, :5].tolist() == [0.5 / 3, 0.25 / 3, 0.25 / 3, 0.25 / 3, 0.25]
+    assert found.costs[6, 5, 8] == 1 and found.orders[6, 5].tolist() == [1, 2, 2, 2, 2, 0, 0, 0, 0]
+    assert found.costs[4, 3, :3].tolist() == [0.5 / 3, 0.5 / 3, 0.25], "a gap of 3 has no third output there"
+    assert found.orders[3, 2].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_gaps_that_nothing_has():
+    """A gap of 3 has none before step 3, and a third output from step 4 on."""
+    fillings = fillings_of(6, 2, (3,))
+    found = _table(6, fillings, 1.0 / (1 + np.array([order for *_, order in fillings])), np.ones(6), (3,))
+    assert found.orders[3, 2].tolist() == [0] * 7 and found.orders[4, 3].tolist() == [1, 1, 1, 0, 0, 0, 0]
+    assert found.orders[5, 4].tolist() == [1, 2, 2, 2, 0, 0, 0]
 
 
 @pytest.mark.parametrize("k", [1, 4])

@@ -7,6 +7,7 @@ trajectory; an error of the prediction at step k is carried into the picture by 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,17 +26,26 @@ from ..parts import check_int
 from ..recipe import Recipe
 from ..when import ReuseSteps
 
-LAGS, GAPS, ORDERS = 12, (1, 2, 3, 4, 6, 8, 12), (0, 1)
+LAGS, GAPS = 12, (1, 2, 3, 4, 6, 8, 12)
+ORDERS = (0, 1, 2)  # of the forecasts: outputs held, and TaylorSeer's series of one and two differences
 Progress = Callable[[int, int, str], None]
 
 
 class Filling(NamedTuple):
-    """A step of a replay: k filled from the computed steps a and p (None: a alone) at this order; a = k: computed."""
+    """A step of a replay: k filled from the computed steps a and p (None: a alone) at this order; a = k: computed.
+
+    The step before p, which order 2 needs, is taken to be as far from p as p from a, but not before the first.
+    """
 
     k: int
     a: int
     p: int | None
     order: int
+
+    @property
+    def history(self) -> list[int]:
+        """The computed steps that it goes on from, newest first."""
+        return [self.a] if self.p is None else [self.a, self.p, max(2 * self.p - self.a, 0)][: self.order + 1]
 
 
 @dataclass(frozen=True)
@@ -57,10 +67,10 @@ class Replayed(Forecast):
         return self.kept
 
     def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
-        k, a, p, order = self.sequence[at_step]
+        filling = Filling(*self.sequence[at_step])
         original = [self.sequence[step][0] for step in steps]
-        history = [a] if p is None else [a, p]
-        factors = dict(zip(history, coefficients(history, k, order), strict=True))
+        history = filling.history
+        factors = dict(zip(history, coefficients(history, filling.k, filling.order), strict=True))
         return [factors.get(step, 0.0) for step in original]
 
 
@@ -128,8 +138,13 @@ def fillings_of(steps: int, lags: int = LAGS, gaps: Sequence[int] = GAPS) -> lis
     for k in range(1, steps):
         for a in range(max(0, k - lags), k):
             found.append(Filling(k, a, None, 0))
-            found += [Filling(k, a, a - gap, order) for gap in gaps if gap <= a for order in ORDERS if order]
+            found += [Filling(k, a, a - gap, order) for gap in gaps for order in ORDERS[1:] if _offered(a - gap, order)]
     return found
+
+
+def _offered(p: int, order: int) -> bool:
+    """Whether there are enough steps up to p for a forecast of that order to differ from lower ones."""
+    return p >= order - 1
 
 
 def measure(
@@ -164,14 +179,14 @@ def measure(
     errors = np.zeros(len(fillings))
     for n in range(0, len(samples), batch):
         part = samples[n : n + batch]
-        errors += np.array(_replay(pipe, setup, part, fillings, lags + max(gaps) + 1))
+        errors += np.array(_replay(pipe, setup, part, fillings))
         if progress:
             progress(min(n + batch, len(samples)), len(samples), "filling steps")
     carried = weights(pipe, setup, samples, batch=4 * batch)
     return _table(setup.num_steps, fillings, errors / len(samples), carried, gaps)
 
 
-def _replay(pipe: Any, setup: Setup, samples: Sequence[int], fillings: Sequence[Filling], kept: int) -> list[float]:
+def _replay(pipe: Any, setup: Setup, samples: Sequence[int], fillings: Sequence[Filling]) -> list[float]:
     """Squared errors of the prediction, summed over values and samples, for every filling."""
     network = denoiser(pipe)
     with captured(network) as calls, clock.observed(pipe.scheduler, _Observer(calls)) as observer:
@@ -180,6 +195,7 @@ def _replay(pipe: Any, setup: Setup, samples: Sequence[int], fillings: Sequence[
     mixed = [mixing([call.output for call in step.calls], step.prediction) for step in steps]
     sequence = sorted([*fillings, *(Filling(k, k, None, 0) for k in range(len(steps)))], key=lambda one: one.k)
     filled = tuple(n for n, one in enumerate(sequence) if one.a < one.k)
+    kept = max((one.k - one.history[-1] for one in fillings), default=1)
     recipe = Recipe(ReuseSteps(filled), fill=Replayed(tuple(sequence), kept), method="none")
     errors = []
     with torch.no_grad(), enable(network, recipe) as cache, cache.run(len(sequence)):
@@ -271,10 +287,10 @@ def _table(
     measured = np.full((steps, steps, steps + 1, len(ORDERS)), np.inf)
     for (k, a, p, order), error in zip(fillings, errors, strict=True):
         before = slice(None) if p is None else p
-        measured[k, a, before, ORDERS.index(order)] = carried[k] * error
-    for a in range(steps):
-        for p in range(a):
-            there = [gap for gap in gaps if gap <= a]
+        measured[k, a, before, order] = carried[k] * error
+    for a, order in itertools.product(range(steps), ORDERS[1:]):
+        there = [gap for gap in gaps if _offered(a - gap, order)]
+        for p in range(order - 1, a if there else 0):
             nearest = min(there, key=lambda gap: abs(np.log(gap / (a - p))))
-            measured[:, a, p, 1:] = measured[:, a, a - nearest, 1:]
-    return StepErrors(measured.min(3), np.array(ORDERS)[measured.argmin(3)], carried)
+            measured[:, a, p, order] = measured[:, a, a - nearest, order]
+    return StepErrors(measured.min(3), measured.argmin(3), carried)
