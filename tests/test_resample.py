@@ -138,7 +138,6 @@ def test_fitted_factors_are_interpolated_between_the_same_outputs():
         return np.stack([1 + d * gaps, -d * gaps], axis=1)
 
     coefficients = fitted(COMPUTED, 50)
-    coefficients[list(COMPUTED)] = 7  # never read
     old = Recipe(stepwise().when, fill=Linear(tuple(map(tuple, coefficients.tolist()))))
     assert old.num_steps == 50
     for steps in (30, 50, 100):

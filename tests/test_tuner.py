@@ -201,7 +201,7 @@ def test_every_stage_has_samples_of_its_own():
 
 @pytest.mark.parametrize("size", [10, 11])
 def test_pictures_that_are_large_enough_for_ssim(size):
-    run = Run(np.zeros((1, size, 20, 1)), torch.zeros(1), 1.0)
+    run = Run(np.zeros((1, size, 20, 1)), (torch.zeros(1),), 1.0)
     assert _structured(run) == (size == 11)
 
 
@@ -211,6 +211,9 @@ def test_pictures_that_are_large_enough_for_ssim(size):
         (Goal("psnr", 30.0), lambda budget: {"psnr": 20 + 2 * budget, "speedup": 20 / budget}, [10, 5, 3, 4]),
         (Goal(speedup=2.0), lambda budget: {"psnr": 0, "speedup": 18 / budget}, [6, 7, 8, 9]),
         (Goal(speedup=2.0), lambda budget: {"psnr": 0, "speedup": 9 / budget}, [6, 4, 5]),
+        # 5 % more than the goal is enough for a larger budget, and 4 % are not
+        (Goal(speedup=2.0), lambda budget: {"psnr": 0, "speedup": {6: 2.11, 7: 2.0}[budget]}, [6, 7]),
+        (Goal(speedup=2.0), lambda budget: {"psnr": 0, "speedup": {6: 2.09, 5: 2.5}[budget]}, [6, 5]),
     ],
 )
 def test_budgets_that_are_tried(pipe, goal, table, asked):

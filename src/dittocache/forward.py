@@ -93,7 +93,7 @@ class Forward:
         self.plain: Callable[..., Any]  # the module that is being called, uncompiled; the hook says it
         self.scoring = 0.0  # FLOPs of scoring tokens, which belong to no part of the model
         self.counter: FlopCounter | None = None
-        sample = _sample(args, kwargs)
+        sample = noisy_sample(args, kwargs)
         self.grid = attachment.grid(sample)
         self.tokens = attachment.tokens(sample)
         self.lengths: tuple[int, int] = (0, 0)  # tokens of image and text that the present block is given apart
@@ -135,15 +135,16 @@ class Forward:
         """A forward of the transformer itself, for recipes that reuse what it returns."""
         j = self.attachment.output
         self.signature = signature = _signature(pack((args, kwargs)), {})
+        inputs = noisy_sample(args, kwargs) if self.recipe.fill.keeps_inputs else None
         if self.row[j] not in (None, COMPUTE) and self._ready(j):
             self.run.record(j, REUSE)
-            return streams.unpack(self.filled(j), self.entry(j).form)
+            return streams.unpack(self.filled(j, inputs), self.entry(j).form)
         output = original(*args, **kwargs)
         if self.row[j] is not None:
             self.row[j] = COMPUTE
-            self._keep(j, output, signature=signature)
+            self._keep(j, output, inputs, signature)
             self.run.record(j, COMPUTE)
-            output = self._mixed(j, output)
+            output = self._mixed(j, output, inputs)
         return output
 
     # ---- blocks -----------------------------------------------------------------------------------------------------
@@ -661,7 +662,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def noisy_sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The noisy sample that a transformer is given; of a list of pictures, as much as they have in common."""
     named = (kwargs[name] for name in ("hidden_states", "sample") if name in kwargs)
     first = next((value for value in (*args, *named, *kwargs.values()) if value is not None), None)

@@ -8,7 +8,7 @@ What a computed step hands on is fitted as well: the newest output is its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,17 +19,20 @@ from torch import Tensor
 from .. import clock
 from ..cache import enable
 from ..calibrate.setup import Setup, check_uncached, draw
-from ..fill import Hold, Linear
+from ..fill import Hold
 from ..parts import check_int
 from ..recipe import Recipe
 from ..when import ReuseSteps
 from .errors import weights
 from .path import shortest
+from .refine import Replay, equations, factors, filling, predicted
 from .segments import carried, products, strays
-from .trajectory import Trajectories, record, solution, stepped
+from .trajectory import Trajectories, fed_latents, record, scaled, solution, stepped
 
 RIDGE = 1e-6  # towards holding, of the diagonal
 GIVE_UP, WINDOW = 3.0, 4  # times the error of the best plan, within so many steps
+OUTPUTS = 4  # that a prediction is made of, at most
+DAMPING = (1e-3, 1e-2, 1e-1)  # of refined factors
 POWERS = (1.0, 0.5, 0.25)  # of a segment's cost: less than 1 spreads errors, as they compound
 
 
@@ -42,6 +45,7 @@ class _Fitter(clock.Silent):
         computed: steps.
         fitted: samples of the batch that are fitted to; the others are only drawn.
         outputs: how many a prediction is made of, at most.
+        inputs: whether the network's input is a part of it.
         most: [T] stray of the others (a mean of squares) with which a run is given up.
     """
 
@@ -49,16 +53,17 @@ class _Fitter(clock.Silent):
     computed: frozenset[int]
     fitted: int
     outputs: int
+    inputs: bool
     most: np.ndarray
-    factors: list[list[float]] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
     strays: list[float] = field(default_factory=list)
     history: list[Tensor] = field(default_factory=list)
 
     def on_begin(self, scheduler: Any) -> None:
-        self.factors, self.history, self.strays = [], [], []
+        self.rows, self.history, self.strays = [], [], []
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
-        k = len(self.factors)
+        k = len(self.rows)
         self.strays.append(float((sample - self.runs.latents[k])[self.fitted :].square().mean()))
         if self.strays[k] > self.most[k]:
             raise _GivenUp
@@ -66,9 +71,15 @@ class _Fitter(clock.Silent):
             self.history = [prediction, *self.history[: self.outputs - 1]]
         after = stepped(scheduler, self.history[0], timestep, sample)
         wanted = self.history[0].float() + (self.runs.latents[k + 1] - after) / float(self.runs.gains[k])
-        factors = least_squares([one[: self.fitted] for one in self.history], wanted[: self.fitted])
-        self.factors.append([*factors, *[0.0] * (self.outputs - len(factors))])
-        return sum(factor * one for factor, one in zip(factors, self.history, strict=True))
+        latents = scaled(scheduler, sample, timestep)
+        bases = [*self.history, latents] if self.inputs else self.history
+        found = least_squares([one[: self.fitted] for one in bases], wanted[: self.fitted])
+        row = torch.zeros(self.outputs + 1, dtype=torch.float64)
+        row[: len(self.history)] = torch.tensor(found[: len(self.history)])
+        if self.inputs:
+            row[-1] = found[-1]
+        self.rows.append(row)
+        return predicted(row, self.history, latents)
 
 
 class _GivenUp(Exception):
@@ -113,7 +124,7 @@ class Predictors:
         trial: Sequence[int],
         *,
         reference: int | None = None,
-        outputs: int = 3,
+        outputs: int = OUTPUTS,
         longest: int = 20,
     ) -> None:
         check_uncached(pipe)
@@ -126,6 +137,7 @@ class Predictors:
             self.runs = record(pipe, setup, self.samples)
         else:
             self.runs = solution(pipe, setup, self.samples, reference)
+        self.inputs = fed_latents(pipe, setup, self.samples[0])
         # an uncached run of these steps does not end where the solution does
         plain = self.runs.pictures if reference is None else None
         found = weights(pipe, setup, self.samples, batch=len(self.samples), plain=plain)
@@ -155,18 +167,39 @@ class Predictors:
 
     def made(self, computed: Sequence[int], most: float = np.inf) -> tuple[Recipe | None, float]:
         filled = tuple(k for k in range(self.steps) if k not in computed)
-        fitter = _Fitter(self.runs, frozenset(computed), self.fitted, self.outputs, self._limits(most))
+        limits = self._limits(most)
+        fitter = _Fitter(self.runs, frozenset(computed), self.fitted, self.outputs, self.inputs, limits)
         recipe = Recipe(where="model", when=ReuseSteps(filled), fill=Hold())
         try:
             with enable(self.pipe, recipe), clock.observed(self.pipe.scheduler, fitter):
                 pictures = torch.as_tensor(draw(self.pipe, self.setup, self.samples))
         except _GivenUp:
             return None, np.inf
-        errors = (pictures - self.runs.pictures)[self.fitted :].cpu().double().square().flatten(1).mean(1)
-        error = float(errors.sqrt().mean() ** 2)
+        error = self._error(pictures[self.fitted :])
         if 0 < error < most:
             self.seen = error, np.array(fitter.strays)
-        return replace(recipe, fill=Linear(tuple(map(tuple, fitter.factors)))), error
+        return replace(recipe, fill=filling(torch.stack(fitter.rows))), error
+
+    def refined(
+        self, recipe: Recipe, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[Recipe, float]:
+        """The recipe with all its factors moved together, and its error; as it was if that is not less.
+
+        See `refine.equations`, which calls `progress`.
+        """
+        computed = [k for k in range(self.steps) if k not in recipe.when.steps]  # type: ignore[attr-defined]
+        fitted, trial = self.samples[: self.fitted], self.samples[self.fitted :]
+        table = factors(recipe.fill)  # type: ignore[arg-type]
+        found = equations(self.pipe, self.setup, fitted, self.runs, computed, table, self.inputs, progress)
+        tables = [table, *map(found.solved, DAMPING)]
+        errors = [self._error(Replay(frozenset(computed), one).run(self.pipe, self.setup, trial)) for one in tables]
+        best = int(np.argmin(errors))
+        return replace(recipe, fill=filling(tables[best])), errors[best]
+
+    def _error(self, pictures: Tensor) -> float:
+        """Of the trial's pictures."""
+        missed = (pictures - self.runs.pictures[self.fitted :]).cpu().double().square().flatten(1).mean(1)
+        return float(missed.sqrt().mean() ** 2)
 
     def _limits(self, most: float) -> np.ndarray:
         """[T] strays with which the error will be far above `most`, by what the best run made of its own."""

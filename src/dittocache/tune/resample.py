@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from .. import noise
 from ..fill import Aligned, Fill, GradientQueue, Hold, Linear, LowRankIncrement, Orders, Taylor
@@ -37,6 +38,7 @@ from ..when import (
     Warmup,
     When,
 )
+from .refine import factors, filling
 
 # parts that go with any number of steps
 RULES = (
@@ -245,25 +247,24 @@ def _fill(fill: Fill, when: When, steps: Steps, reused: np.ndarray) -> Fill:
     if isinstance(fill, Linear) and len(fill.coefficients) == len(steps.old) and isinstance(when, ReuseSteps):
         computed = np.setdiff1d(np.arange(len(steps.new)), when.steps)
         if len(computed) == int((~reused).sum()):
-            return Linear(_coefficients(np.array(fill.coefficients), steps, np.flatnonzero(~reused), computed))
+            table = _coefficients(factors(fill).numpy(), steps, np.flatnonzero(~reused), computed)
+            return filling(torch.from_numpy(table))
     raise _refused(fill, steps)
 
 
-def _coefficients(old: np.ndarray, steps: Steps, computed_old: np.ndarray, computed_new: np.ndarray) -> Any:
-    """Fitted factors [T', H] from those of the old steps [T, H], between the same two computed outputs.
+def _coefficients(old: np.ndarray, steps: Steps, computed_old: np.ndarray, computed_new: np.ndarray) -> np.ndarray:
+    """Fitted factors [T', H + 1] from those of the old steps [T, H + 1], between the same two computed outputs.
 
-    By how far a step lies behind the last computed one, in noise level; there the factors are 1, 0, 0, ...
+    By how far a step lies behind the last computed one, in noise level.
     """
-    known = old.copy()
-    known[computed_old] = np.eye(old.shape[1])[0]
     rows = np.zeros((len(steps.new), old.shape[1]))
     for k, level in enumerate(steps.new):
         n = int(np.searchsorted(computed_new, k, side="right")) - 1
         end = [*computed_old, len(old)][n + 1]
         start, since = computed_old[n], steps.old[computed_old[n] : end] - steps.old[computed_old[n]]
         behind = level - steps.new[computed_new[n]]
-        rows[k] = [np.interp(behind, since, column) for column in known[start:end].T]
-    return tuple(tuple(row) for row in rows.tolist())
+        rows[k] = [np.interp(behind, since, column) for column in old[start:end].T]
+    return rows
 
 
 def _refused(part: Part, steps: Steps) -> ValueError:

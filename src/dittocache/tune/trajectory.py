@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import clock
-from ..calibrate.setup import Setup, draw
+from ..calibrate.setup import Setup, denoiser, draw
+from ..fill.linear import fits
+from ..forward import noisy_sample
+from ..hooks import captured
 from ..noise import levels
 from ..parts import check_int
 
@@ -24,6 +28,17 @@ def stepped(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -
     token = clock.copies.set(None)  # the copy is no scheduler of the pipeline's
     try:
         return copy.deepcopy(scheduler).step(prediction.float(), timestep, sample.float(), return_dict=False)[0]
+    finally:
+        clock.copies.reset(token)
+
+
+def scaled(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
+    """What the network is fed with for these latents, in float32; the scheduler is left as it is."""
+    if not hasattr(scheduler, "scale_model_input"):  # flow matching
+        return sample.detach().float()
+    token = clock.copies.set(None)
+    try:
+        return copy.deepcopy(scheduler).scale_model_input(sample.detach().float(), timestep)
     finally:
         clock.copies.reset(token)
 
@@ -193,3 +208,33 @@ def finest(scheduler: Any, steps: int) -> int:
     if getattr(scheduler, "sigmas", None) is not None:
         return 10 * steps
     return next((n for n in range(10 * steps, trained) if trained % n == 0), trained)
+
+
+class _Ended(Exception):
+    """Ends a run at its first step."""
+
+
+@dataclass
+class _First(clock.Silent):
+    """Sees the first step's latents."""
+
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        if prediction.shape == sample.shape:
+            self.latents = scaled(scheduler, sample, timestep)
+        raise _Ended
+
+
+def fed_latents(pipe: Any, setup: Setup, sample: int) -> bool:
+    """Whether the network's first input begins with the latents, so that predictors can use it."""
+    watched = clock.observed(pipe.scheduler, _First())
+    with captured(denoiser(pipe)) as calls, watched as seen, contextlib.suppress(_Ended):
+        draw(pipe, setup, [sample])
+    inputs, output = noisy_sample(calls[0].args, calls[0].kwargs), calls[0].output
+    output = output if isinstance(output, Tensor) else output[0]
+    if inputs is None or not len(seen.latents) or inputs.ndim != seen.latents.ndim or not fits(inputs, output):
+        return False
+    count = seen.latents.shape[1]
+    found = inputs[:1, :count].float()
+    return found.shape == seen.latents.shape and torch.allclose(found, seen.latents, atol=1e-2)

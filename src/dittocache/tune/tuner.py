@@ -18,6 +18,7 @@ from ..evaluate.comparison import Comparison
 from ..evaluate.measure import Look
 from ..evaluate.provenance import provenance, versions
 from ..evaluate.rows import Row, fewer, scheduled
+from ..fill import Fill
 from ..noise import prediction_type
 from ..parts import check_int, check_number, jsonable
 from ..recipe import Recipe, recipe
@@ -25,7 +26,8 @@ from . import published
 from .goal import Goal
 from .journal import Journal
 from .judge import OWN, SMALLEST, SOLUTION, Judge
-from .predictor import Predictors
+from .predictor import OUTPUTS, Predictors
+from .refine import cost
 from .search import Planner, search
 from .trajectory import check_divides, finest
 
@@ -84,16 +86,15 @@ class Effort:
         """Of a plan that computes a share of the steps, fitted and tried."""
         return share * (self.samples + self.trial)
 
+    def refining(self, budget: int, steps: int, outputs: int) -> float:
+        """Of the factors of a plan."""
+        return self.samples * cost(budget, outputs, True) / steps
+
     def runs(self, steps: int, grids: int) -> float:
         """Of everything."""
         planning = self.recording(steps) + 5 * self.made(0.4) + 6 * self.batch
-        return (
-            grids * planning
-            + self.tries * self.made(0.3)
-            + 2 * self.batch * self.methods
-            + 4 * self.judged
-            + 3 * self.held_out
-        )
+        polishing = self.tries * self.made(0.3) + (self.refining(3 * steps // 10, steps, OUTPUTS) if self.tries else 0)
+        return grids * planning + polishing + 2 * self.batch * self.methods + 4 * self.judged + 3 * self.held_out
 
 
 @dataclass
@@ -379,12 +380,15 @@ class _Tuner:
         return left
 
     def _polish(self, leaders: list[Contender]) -> list[Contender]:
-        """Local search around the best plan."""
+        """Local search around the best plan, and around plans of fewer computed steps while they meet the goal."""
         best = next((c for c in leaders if c.grid is not None), None)
         if best is None or best.grid is None or not self.effort.tries:
             return leaders
-        better = self._best(best.grid, _computed(best.row), self.effort.tries)
-        return self._ranked([self._score(better, 1.0), *leaders])
+        budget, found = _computed(best.row), [self._polished(best.grid, _computed(best.row))]
+        while self.goal.speedup is None and self.goal.met(found[-1].numbers) and budget > 2 and not self._late():
+            budget -= max(1, budget // 10)  # a better plan may have something to spare
+            found.append(self._polished(best.grid, budget))
+        return self._ranked([*found, *leaders])
 
     def _check(self, leaders: Sequence[Contender]) -> Tuned:
         """The winner on samples that nothing has seen, beside the best of the others."""
@@ -426,7 +430,7 @@ class _Tuner:
             budget = max(2, min(budget - 1, int(budget * numbers["speedup"] / self.goal.speedup)))
         else:
             budget = min(leader.row.steps - 1, budget + max(1, budget // 10))
-        return self._score(self._best(grid, budget, self.effort.tries), 1.0)
+        return self._polished(grid, budget)
 
     def _around(self, leader: Contender) -> list[Row]:
         """Fewer steps that are a little faster, and a little slower."""
@@ -469,6 +473,30 @@ class _Tuner:
         recipe = replace(recipe, made_for=self.origins[number], provenance=told)
         label = f"plan {budget}/{steps}" + self._of(scheduler) + (", searched" if tries else "")
         return Contender(Row(label, SOLVER, steps, recipe, scheduler), grid=number)
+
+    def _polished(self, number: int, budget: int) -> Contender:
+        """The best plan for a budget after a local search, with its factors refined if that is better."""
+        searched = self._score(self._best(number, budget, self.effort.tries), 1.0)
+        if self._late():
+            return searched
+        return self._ranked([self._score(self._refined(number, budget, searched), 1.0), searched])[0]
+
+    def _refined(self, number: int, budget: int, searched: Contender) -> Contender:
+        """The same steps, all factors moved together."""
+        scheduler, steps = self.grids[number]
+        planner, before = self.planners[number], searched.row.recipe
+        whole = self.effort.refining(budget, steps, planner.outputs)
+
+        def moved() -> dict[str, Any]:
+            def tell(done: int, total: int) -> None:
+                self._say(f"refining {budget} of {self._named(number)}: {100 * done // total} %", whole / budget)
+
+            with scheduled(self.pipe, scheduler):
+                return planner.refined(before, tell)[0].fill.to_dict()  # type: ignore[arg-type]
+
+        fill = Fill.from_dict(self.journal(f"refined {searched.row.config()}", moved))
+        row = replace(searched.row, recipe=replace(before, fill=fill), label=f"{searched.row.label} and refined")  # type: ignore[type-var]
+        return Contender(row, grid=number)
 
     def _score(self, contender: Contender, share: float | None = None) -> Contender:
         share = share or 1 / len(self.judge.parts)

@@ -1,0 +1,181 @@
+"""All factors of a plan at once, towards the end of the run: Gauss-Newton.
+
+Factors that are fitted one step after another (`predictor`) take the next latents back to where they should be, and
+nobody asks what the network makes of what is left. Here every factor is moved a little, the run goes on from there,
+and the last latents tell what it does: least squares on these changes gives the step of all factors together.
+(Gauss-Newton with Marquardt's damping; Numerical Optimization, Nocedal and Wright, 10.3.) No gradients are needed, so
+that it works on networks that are compiled, quantised or offloaded. A step's factors cost the computed steps after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import clock
+from ..cache import enable
+from ..calibrate.setup import Setup, draw
+from ..fill import Hold, Linear
+from ..recipe import Recipe
+from ..when import ReuseSteps
+from .trajectory import Trajectories, scaled, stepped
+
+PUSH = 0.3  # of what the latents are off at the next computed step
+
+
+# ---- factors --------------------------------------------------------------------------------------------------------
+def predicted(row: Tensor, outputs: Sequence[Tensor], latents: Tensor) -> Tensor:
+    """A prediction from [H + 1] factors: of at most H outputs, newest first, and of the network's input."""
+    bases = torch.stack([one.float() for one in (*outputs[: len(row) - 1], latents)])
+    shares = [*row[: len(bases) - 1].tolist(), float(row[-1])]
+    return torch.tensordot(torch.tensor(shares).to(bases), bases, dims=1).to(outputs[0].dtype)
+
+
+def filling(table: Tensor) -> Linear:
+    """The fill of factors [T, H + 1]."""
+    inputs = tuple(table[:, -1].tolist()) if table[:, -1].any() else ()
+    return Linear(tuple(map(tuple, table[:, :-1].tolist())), inputs)
+
+
+def factors(fill: Linear) -> Tensor:
+    """[T, H + 1] of a fill."""
+    inputs = fill.inputs or [0.0] * len(fill.coefficients)
+    rows = [[*row, factor] for row, factor in zip(fill.coefficients, inputs, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+@dataclass
+class Replay(clock.Silent):
+    """Draws a plan with these factors; outputs that are known are taken, not computed.
+
+    Args:
+        computed: steps.
+        table: [T, H + 1] factors.
+        known: outputs of computed steps.
+    """
+
+    computed: frozenset[int]
+    table: Tensor
+    known: dict[int, Tensor] = field(default_factory=dict)
+    step: int = 0
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)  # of the network, at every step
+    latents: list[Tensor] = field(default_factory=list)  # that the scheduler was handed, and the last ones
+
+    def on_begin(self, scheduler: Any) -> None:
+        self.step, self.outputs, self.inputs, self.latents = 0, {}, [], []
+
+    def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
+        if self.step in self.computed:
+            self.outputs[self.step] = self.known.get(self.step, prediction)
+        newest_first = list(self.outputs.values())[::-1]
+        self.inputs.append(scaled(scheduler, sample, timestep))
+        self.latents.append(sample.detach().float())
+        made = predicted(self.table[self.step], newest_first, self.inputs[-1])
+        self.step += 1
+        if self.step == len(self.table):
+            self.latents.append(stepped(scheduler, made, timestep, sample))
+        return made
+
+    def run(self, pipe: Any, setup: Setup, samples: Sequence[int]) -> Tensor:
+        """Draws the samples, and returns their pictures."""
+        filled = (k for k in range(1, setup.num_steps) if k not in self.computed or k in self.known)
+        recipe = Recipe(where="model", when=ReuseSteps(tuple(filled)), fill=Hold())
+        with enable(pipe, recipe), clock.observed(pipe.scheduler, self):
+            return torch.as_tensor(draw(pipe, setup, samples))
+
+
+# ---- normal equations -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Equations:
+    """Normal equations of a plan's factors. From a computed step to the next they are moved together: what the latents
+    get is one combination of outputs, whichever of these steps adds it.
+
+    Attributes:
+        table: [T, H + 1] where they were made.
+        directions: [unknowns][T, H + 1] what is moved.
+        matrix: [unknowns, unknowns] inner products of the changes of the last latents.
+        gained: [unknowns] inner products with what is missed.
+    """
+
+    table: Tensor
+    directions: list[Tensor]
+    matrix: Tensor
+    gained: Tensor
+
+    def solved(self, damping: float) -> Tensor:
+        """[T, H + 1] better factors; the more damping, the nearer to those there are."""
+        diagonal = self.matrix.diagonal()
+        damped = self.matrix + torch.diag(damping * diagonal + 1e-12 * diagonal.mean())
+        shares = torch.linalg.solve(damped, self.gained)
+        return self.table + torch.tensordot(shares, torch.stack(self.directions), dims=1)
+
+
+def equations(
+    pipe: Any,
+    setup: Setup,
+    samples: Sequence[int],
+    runs: Trajectories,
+    computed: Sequence[int],
+    table: Tensor,
+    inputs: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Equations:
+    """Moves every factor of a plan, and sees what becomes of the last latents.
+
+    Samples count by the inverse of the root of their squared error: no single one decides.
+
+    Args:
+        pipe: without a cache, with the scheduler that the plan is for.
+        setup: how the samples are drawn.
+        samples: their numbers, the first of those in `runs`.
+        runs: where the latents are wanted.
+        computed: steps of the plan.
+        table: [T, H + 1] factors.
+        inputs: whether those of the network's input are moved, too.
+        progress: called as progress(steps computed, in all).
+    """
+    plan = Replay(frozenset(computed), table)
+    plan.run(pipe, setup, samples)
+    missed = (runs.latents[-1][: len(samples)] - plan.latents[-1]).flatten(1).double()
+    weights = missed.square().mean(1, keepdim=True).clamp(min=1e-12) ** -0.25  # of both factors of a product
+    directions, changes, calls = [], [], 0
+    for n, step in enumerate(computed):
+        history = computed[max(n + 2 - table.shape[1], 0) : n + 1][::-1]
+        bases = [plan.outputs[k] for k in history] + [plan.inputs[step]] * inputs
+        following = [*computed, setup.num_steps][n + 1]
+        off = (plan.latents[following] - runs.latents[following][: len(samples)]).square().mean().sqrt()
+        size = PUSH * float(off.clamp(min=1e-6)) / float(runs.gains[step:following].abs().sum())
+        known = {k: output for k, output in plan.outputs.items() if k <= step}
+        progress(calls, cost(len(computed), table.shape[1] - 1, inputs))
+        for combined in orthonormal(bases):
+            direction = torch.zeros_like(table)
+            direction[step:following, : len(history)] = combined[: len(history)]
+            if inputs:
+                direction[step:following, -1] = combined[-1]
+            moved = Replay(plan.computed, table + size * direction, known)
+            moved.run(pipe, setup, samples)
+            change = (moved.latents[-1] - plan.latents[-1]).flatten(1).double() / size
+            directions.append(direction)
+            calls += len(computed) - n - 1
+            changes.append((change * weights).flatten().float().cpu())
+    rows, wanted = torch.stack(changes), (missed * weights).flatten().float().cpu()
+    return Equations(table, directions, (rows @ rows.T).double(), (rows @ wanted).double())
+
+
+def cost(computed: int, outputs: int, inputs: bool) -> int:
+    """Computed steps that the equations of so many take."""
+    return sum((min(n + 1, outputs) + inputs) * (computed - n - 1) for n in range(computed))
+
+
+def orthonormal(bases: Sequence[Tensor]) -> Tensor:
+    """[n, n] rows of factors that make tensors orthogonal and of mean square 1; the first is of the first one alone."""
+    flat = torch.stack([one.flatten().double().cpu() for one in bases])
+    inner = flat @ flat.T / flat.shape[1]
+    ridge = 1e-10 * inner.diagonal().mean() * torch.eye(len(flat), dtype=torch.float64)
+    return torch.linalg.inv(torch.linalg.cholesky(inner + ridge))
