@@ -24,12 +24,13 @@ from dittocache.evaluate.comparison import Comparison
 from dittocache.evaluate.metrics import frechet_distance
 from dittocache.evaluate.rows import Row, Run, fewer
 from dittocache.tune import Effort, Goal, Unreachable, save, tune
+from dittocache.tune.contender import Contender
 from dittocache.tune.journal import FILE, Journal
 from dittocache.tune.judge import Judge, _structured
 from dittocache.tune.learned import learned
 from dittocache.tune.published import SPACES, explore
 from dittocache.tune.trajectory import record
-from dittocache.tune.tuner import Contender, _split, _Tuner
+from dittocache.tune.tuner import _split, _Tuner
 
 STEPS = 12
 SETUP = Setup(num_steps=STEPS, guidance_scale=1.5, seed=3, conditions=(1, 2))

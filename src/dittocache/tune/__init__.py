@@ -1,5 +1,6 @@
 """Search for the plan that loses the least at a budget."""
 
+from .effort import Effort
 from .errors import StepErrors, measure
 from .forecasts import Forecasts, candidates, loss, planned, solve
 from .genetic import Candidate, evolve
@@ -8,7 +9,8 @@ from .path import Paths, cheapest, shortest
 from .predictor import Predictors
 from .resample import resample
 from .search import Planner, search
-from .tuner import SCHEDULERS, Effort, Tuned, Unreachable, save, tune
+from .tuned import Tuned, save
+from .tuner import SCHEDULERS, Unreachable, tune
 
 __all__ = [
     "SCHEDULERS",

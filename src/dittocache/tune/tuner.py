@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,18 @@ from ..evaluate.provenance import provenance, versions
 from ..evaluate.rows import Row, fewer, scheduled
 from ..fill import Fill
 from ..noise import prediction_type
-from ..parts import check_int, check_number, jsonable
+from ..parts import check_int, jsonable
 from ..recipe import Recipe, recipe
 from . import published
+from .contender import SOLVER, Contender, computed_of, distinct, is_fewer, is_published, told
+from .effort import Effort
 from .goal import Goal
 from .journal import Journal
 from .judge import OWN, SMALLEST, SOLUTION, Judge
-from .predictor import OUTPUTS, Predictors
-from .refine import cost
+from .predictor import Predictors
 from .search import Planner, search
 from .trajectory import check_divides, finest
+from .tuned import Tuned
 
 SCHEDULERS = {
     "own": None,
@@ -38,103 +39,9 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
-SOLVER = "solver"  # as the method of rows
-FILE = "tune.json"
-PICTURES = 8  # on the model card
 CHECKS = 4  # plans that are drawn with held-out samples, at most
 MARGIN = 1.05  # of speed, so that something is left that meets the goal when it is measured again
 Progress = Callable[[int, int, str], None]  # samples drawn, about how many in all, what is going on
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is drawn.
-
-    Args:
-        samples: that predictors are fitted to, all at once.
-        trial: samples that plans are searched on, in the same batch.
-        judged: samples that contenders are compared on.
-        held_out: samples of the last check, which nothing has seen before.
-        batch: pictures drawn at once by contenders.
-        tries: plans that the local search draws.
-        methods: settings of published methods that are judged; 0 for none.
-        seconds: time budget; what was found by then is checked and saved.
-    """
-
-    samples: int = 24
-    trial: int = 24
-    judged: int = 24
-    held_out: int = 48
-    batch: int = 8
-    tries: int = 24
-    methods: int = 16
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name == "seconds":
-                if value is not None:
-                    check_number("the time budget in seconds", value, 0)
-            else:
-                check_int(name, value, 0 if name in ("tries", "methods") else 2 if name == "held_out" else 1)
-
-    def recording(self, steps: int) -> float:
-        """Of a scheduler and number of steps: uncached runs of a sample, about."""
-        return self.samples + self.trial + 2 * (steps - 1)
-
-    def made(self, share: float) -> float:
-        """Of a plan that computes a share of the steps, fitted and tried."""
-        return share * (self.samples + self.trial)
-
-    def refining(self, budget: int, steps: int, outputs: int) -> float:
-        """Of the factors of a plan."""
-        return self.samples * cost(budget, outputs, True) / steps
-
-    def runs(self, steps: int, grids: int) -> float:
-        """Of everything."""
-        planning = self.recording(steps) + 5 * self.made(0.4) + 6 * self.batch
-        polishing = self.tries * self.made(0.3) + (self.refining(3 * steps // 10, steps, OUTPUTS) if self.tries else 0)
-        return grids * planning + polishing + 2 * self.batch * self.methods + 4 * self.judged + 3 * self.held_out
-
-
-@dataclass
-class Contender:
-    """A way of drawing, and what was measured of it last."""
-
-    row: Row
-    numbers: dict[str, Any] = field(default_factory=dict)
-    grid: int | None = None  # of the solver's
-
-    def to_dict(self) -> dict[str, Any]:
-        row = self.row
-        summary = f"{row.steps} steps" if row.recipe is None else row.recipe.describe()
-        numbers = {name: "inf" if value == math.inf else value for name, value in self.numbers.items()}
-        return {
-            "label": row.label,
-            "method": row.method,
-            "steps": row.steps,
-            "scheduler": row.scheduler,
-            "summary": summary,
-        } | numbers
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What was found.
-
-    Attributes:
-        row: the winner; its recipe is None if fewer steps of a scheduler are best.
-        numbers: of the winner on held-out samples.
-        met: whether they meet the goal.
-        tried: everything that was judged, with its numbers.
-        comparison: the winner beside the uncached pipeline and the best of the others, on held-out samples.
-    """
-
-    row: Row
-    numbers: dict[str, Any]
-    met: bool
-    tried: list[dict[str, Any]]
-    comparison: Comparison
 
 
 class Unreachable(ValueError):
@@ -384,7 +291,7 @@ class _Tuner:
         best = next((c for c in leaders if c.grid is not None), None)
         if best is None or best.grid is None or not self.effort.tries:
             return leaders
-        budget, found = _computed(best.row), [self._polished(best.grid, _computed(best.row))]
+        budget, found = computed_of(best.row), [self._polished(best.grid, computed_of(best.row))]
         while self.goal.speedup is None and self.goal.met(found[-1].numbers) and budget > 2 and not self._late():
             budget -= max(1, budget // 10)  # a better plan may have something to spare
             found.append(self._polished(best.grid, budget))
@@ -392,23 +299,23 @@ class _Tuner:
 
     def _check(self, leaders: Sequence[Contender]) -> Tuned:
         """The winner on samples that nothing has seen, beside the best of the others."""
-        others = [next((c for c in self._ranked(self.tried) if test(c)), None) for test in (_is_fewer, _is_published)]
+        others = [next((c for c in self._ranked(self.tried) if test(c)), None) for test in (is_fewer, is_published)]
         checked: list[tuple[Contender, dict[str, Any], Comparison]] = []
         queue = list(leaders[:CHECKS])
         while queue and len(checked) < CHECKS:
             leader = queue.pop(0)
             self._say(f"held-out check of {leader.row.label}", 3 * self.effort.held_out)
-            rows = _distinct([leader.row, *(c.row for c in others if c is not None), *self._around(leader)])
+            rows = distinct([leader.row, *(c.row for c in others if c is not None), *self._around(leader)])
             names = [str(self.last.setup.condition(self.pipe, j)) for j in range(self.effort.held_out)]
             comparison, numbers = self.last.compare(rows, names, self._made(leader), rows[-1].label)
             checked.append((leader, numbers[0], comparison))
             if self.goal.met(numbers[0]):
                 break
-            if leader.grid is not None and _computed(leader.row) > 2:
+            if leader.grid is not None and computed_of(leader.row) > 2:
                 queue.insert(0, self._safer(leader, leader.grid, numbers[0]))
         contender, best, comparison = min(checked, key=lambda one: (not self.goal.met(one[1]), self.goal.rank(one[1])))
         if not self.goal.met(best) and not any(self.goal.met(c.numbers) for c in self.tried):
-            raise Unreachable(f"nothing reaches {self.goal.text()}; the best here: {_told(contender.row.label, best)}")
+            raise Unreachable(f"nothing reaches {self.goal.text()}; the best here: {told(contender.row.label, best)}")
         everything = [c.to_dict() for c in self._ranked(self.tried)]
         return Tuned(contender.row, best, self.goal.met(best), everything, comparison)
 
@@ -425,7 +332,7 @@ class _Tuner:
 
     def _safer(self, leader: Contender, grid: int, numbers: Mapping[str, Any]) -> Contender:
         """A plan that should pass where this one failed: of fewer computed steps if it was slow, else of more."""
-        budget = _computed(leader.row)
+        budget = computed_of(leader.row)
         if self.goal.speedup is not None:
             budget = max(2, min(budget - 1, int(budget * numbers["speedup"] / self.goal.speedup)))
         else:
@@ -469,8 +376,8 @@ class _Tuner:
             self.journal(key, lambda: found)
         recipe = Recipe.from_dict(found["recipe"])
         costs = planner.costs([k for k in range(steps) if k not in recipe.when.steps])  # type: ignore[attr-defined]
-        told = {"setup": replace(self.setup, num_steps=steps).to_dict(), "solver": {"costs": costs}}
-        recipe = replace(recipe, made_for=self.origins[number], provenance=told)
+        known = {"setup": replace(self.setup, num_steps=steps).to_dict(), "solver": {"costs": costs}}
+        recipe = replace(recipe, made_for=self.origins[number], provenance=known)
         label = f"plan {budget}/{steps}" + self._of(scheduler) + (", searched" if tries else "")
         return Contender(Row(label, SOLVER, steps, recipe, scheduler), grid=number)
 
@@ -532,64 +439,5 @@ def _split(conditions: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], tu
     return tuple(c for j, c in enumerate(conditions) if j % 4 != 3), conditions[3::4]
 
 
-def _distinct(rows: Sequence[Row]) -> list[Row]:
-    return list({row.label: row for row in reversed(rows)}.values())[::-1]
-
-
-def _is_fewer(contender: Contender) -> bool:
-    return contender.row.recipe is None
-
-
-def _is_published(contender: Contender) -> bool:
-    return contender.row.recipe is not None and contender.row.method != SOLVER
-
-
-def _computed(row: Row) -> int:
-    return row.steps - len(row.recipe.when.steps)  # type: ignore[union-attr]
-
-
 def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _told(label: str, numbers: Mapping[str, Any]) -> str:
-    """Numbers in one line."""
-    close = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("psnr", "ssim", "latent", "fd") if name in numbers)
-    return f"{label}: {numbers['speedup']:.2f}x, {close}"
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-def _pairs(tuned: Tuned) -> np.ndarray:
-    """[2 n, h, w, c] some pictures in pairs, uncached and tuned."""
-    both = [tuned.comparison.pictures[label][:PICTURES] for label in ("uncached", tuned.row.label)]
-    return np.stack(both, 1).reshape(-1, *both[0].shape[1:])
-
-
-def save(tuned: Tuned, goal: Goal, out: str | Path, model: str = "") -> Path:
-    """Writes what was found: the recipe with its model card, the comparison for the report, and `tune.json`."""
-    out = Path(out)
-    tuned.comparison.save(out)
-    whole = {
-        "goal": goal.text(),
-        "met": tuned.met,
-        "winner": tuned.row.config(),
-        "held_out": tuned.numbers,
-        "tried": tuned.tried,
-        "provenance": dict(tuned.comparison.provenance),
-    }
-    (out / FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    if tuned.row.recipe is not None:
-        measured = [result.to_dict() for result in tuned.comparison.results]
-        names = ("label", "speedup", "speedup_low", "speedup_high", "psnr", "ssim", "frechet")
-        rows = [{name: row[name] for name in names if row.get(name) is not None} for row in measured]
-        how = {k: v for k, v in tuned.comparison.provenance.items() if k != "tried"}
-        told: dict[str, Any] = {
-            "goal": goal.text(),
-            "model": model,
-            "scheduler": tuned.row.scheduler,
-            "measured": rows,
-            "made": how,
-        }
-        told = {**tuned.row.recipe.provenance, **told}
-        replace(tuned.row.recipe, provenance=told).save_pretrained(out, grid=_pairs(tuned))
-    return out
