@@ -3,10 +3,11 @@
     python benchmarks/plans.py --threads 1
     python benchmarks/plans.py --budgets 17 --tries 8 --held-out 12        (a quick look)
 
-Two planners: forecasts (every module held or forecast by a line, whichever was measured to be better) and predictors
-(what the network returns, by least squares). For predictors, also what each part brings: even steps, factors that are
-learned on uncached runs (as L2P does), the path, the local search. What is measured, searched and judged on are
-different samples; mean squared error of the pictures against the uncached ones, in dB.
+Two planners: forecasts (every module held or forecast, whichever was measured to be better) and predictors (what the
+network returns, by least squares). For predictors, also what each part brings: even steps, factors that are learned on
+uncached runs (as L2P does), the path, the network's input as a part of predictions, the local search, refined factors.
+What is measured, searched and judged on are different samples; mean squared error of the pictures against the uncached
+ones, in dB.
 """
 
 from __future__ import annotations
@@ -94,6 +95,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         even_steps = spread(budget, args.steps)
         searched, _ = timed(f"forecasts, search {budget}", lambda b=budget: search(forecasts, b, args.tries))
         found, _ = timed(f"predictors, search {budget}", lambda b=budget: search(predictors, b, args.tries))
+        refined, _ = timed(f"predictors, refining {budget}", lambda recipe=found: predictors.refined(recipe))
+        path = predictors.candidates(budget)[0]
+        predictors.inputs = False
+        outputs_alone, _ = predictors.made(path)
+        predictors.inputs = True
         row = {
             "budget": budget,
             "fewer steps": db(float((drawn - judge.reference).square().mean())),
@@ -103,9 +109,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "forecasts, search": db(judge.error(searched)),
             "learned factors, even steps": db(judge.error(learned(predictors.runs, even_steps))),
             "predictors, even steps": db(judge.error(predictors.made(even_steps)[0])),
-            "learned factors, path": db(judge.error(learned(predictors.runs, predictors.candidates(budget)[0]))),
-            "predictors, path": db(judge.error(search(predictors, budget, 1)[0])),
+            "learned factors, path": db(judge.error(learned(predictors.runs, path))),
+            "predictors of outputs alone, path": db(judge.error(outputs_alone)),
+            "predictors, path": db(judge.error(predictors.made(path)[0])),
             "predictors, search": db(judge.error(found)),
+            "predictors, refined": db(judge.error(refined)),
             "computed": computed(found, args.steps),
         }
         rows.append(row)

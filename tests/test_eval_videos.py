@@ -22,6 +22,7 @@ from dittocache.evaluate import Comparison, metrics, write_page
 from dittocache.evaluate.compare import compare
 from dittocache.evaluate.measure import Instruments, measure, middle, uint8
 from dittocache.evaluate.rows import Run, cached, fewer, own_guidance, run_row, uncached
+from dittocache.tune import Effort, Goal, Predictors, tune
 
 PROMPTS = ["a cat", "two dogs"]
 
@@ -152,3 +153,24 @@ def test_a_pipeline_that_takes_no_strength_of_guidance():
     assert tiny.fingerprint(pipe) == before
     setup = Setup(num_steps=2, guidance_scale=1, seed=0, conditions=tuple(PROMPTS))
     assert np.array_equal(draw(pipe, setup, [0, 1]).permute(0, 1, 3, 4, 2).numpy(), plain.pictures)
+
+
+# ---- tuning ---------------------------------------------------------------------------------------------------------
+def test_a_plan_for_videos(tmp_path):
+    pipe = wan()
+    setup = Setup(num_steps=8, guidance_scale=3.0, seed=3, conditions=tuple(PROMPTS))
+    effort = Effort(samples=2, trial=2, judged=2, held_out=2, batch=2, tries=2, methods=0)
+    found = tune(pipe, Goal("psnr", 8.0), setup, effort=effort, out=tmp_path)
+    assert {"solver", "fewer steps"} == {one["method"] for one in found.tried} and found.met
+    planner = Predictors(pipe, setup, [0], [1])
+    assert planner.inputs, "latents of videos are what the network sees"
+    recipe, error = planner.made((0, 2, 5))
+    assert error < planner.made((0,))[1] and any(recipe.fill.inputs)
+
+
+def test_two_transformers_are_not_planned_for():
+    pipe = wan(transformer_2=_wan(2), boundary_ratio=0.875)
+    setup = Setup(num_steps=8, guidance_scale=3.0, conditions=tuple(PROMPTS))
+    for work in (lambda: tune(pipe, Goal("psnr", 8.0), setup), lambda: Predictors(pipe, setup, [0], [1])):
+        with pytest.raises(ValueError, match="PromptedWan has two transformers that take turns"):
+            work()

@@ -229,6 +229,13 @@ def test_budgets_that_are_tried(pipe, goal, table, asked):
     assert seen == asked
 
 
+def test_cheaper_plans_are_tried_more_often():
+    """A search of three tenths of the steps draws as many as it was told; what it costs is about the same for all."""
+    effort = replace(EFFORT, tries=30)
+    assert [effort.plans(share) for share in (0.3, 0.15, 0.6)] == [30, 60, 15]
+    assert replace(EFFORT, tries=1).plans(0.9) == 1 and replace(EFFORT, tries=0).plans(0.3) == 0
+
+
 # ---- published methods ----------------------------------------------------------------------------------------------
 def test_every_space_is_of_the_methods_own_parameters():
     for name, space in SPACES.items():

@@ -8,6 +8,8 @@ from ..parts import check_int, check_number
 from .predictor import OUTPUTS
 from .refine import cost
 
+POLISHED = 0.3  # share of computed steps that a plan is thought to have
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -19,7 +21,8 @@ class Effort:
         judged: samples that contenders are compared on.
         held_out: samples of the last check, which nothing has seen before.
         batch: pictures drawn at once by contenders.
-        tries: plans that the local search draws.
+        tries: plans that the local search draws, if they compute three tenths of the steps: more cheaper ones, fewer of
+            the others.
         methods: settings of published methods that are judged; 0 for none.
         seconds: time budget; what was found by then is checked and saved.
     """
@@ -49,6 +52,10 @@ class Effort:
         """Of a plan that computes a share of the steps, fitted and tried."""
         return share * (self.samples + self.trial)
 
+    def plans(self, share: float) -> int:
+        """That a local search draws, if they compute a share of the steps."""
+        return max(round(self.tries * POLISHED / share), min(self.tries, 1))
+
     def refining(self, budget: int, steps: int, outputs: int) -> float:
         """Of the factors of a plan."""
         return self.samples * cost(budget, outputs, True) / steps
@@ -56,5 +63,7 @@ class Effort:
     def runs(self, steps: int, grids: int) -> float:
         """Of everything."""
         planning = self.recording(steps) + 5 * self.made(0.4) + 6 * self.batch
-        polishing = self.tries * self.made(0.3) + (self.refining(3 * steps // 10, steps, OUTPUTS) if self.tries else 0)
+        polishing = self.tries * self.made(POLISHED)
+        if self.tries:
+            polishing += self.refining(round(POLISHED * steps), steps, OUTPUTS)
         return grids * planning + polishing + 2 * self.batch * self.methods + 4 * self.judged + 3 * self.held_out

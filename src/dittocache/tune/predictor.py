@@ -82,6 +82,16 @@ class _Fitter(clock.Silent):
         return predicted(row, self.history, latents)
 
 
+def check_plannable(pipe: Any) -> None:
+    """Raises a ValueError unless predictors can stand in for the one network of this pipeline without a cache."""
+    check_uncached(pipe)
+    if None not in (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)):
+        raise ValueError(
+            f"{type(pipe).__name__} has two transformers that take turns: what one returned does not predict the "
+            "other, so that plans are not made for it; published methods work (dittocache methods)"
+        )
+
+
 class _GivenUp(Exception):
     """Ends a run that strays too far."""
 
@@ -113,7 +123,8 @@ class Predictors:
         longest: stretch of predicted steps.
 
     Raises:
-        ValueError: a cache is on, no samples, or the scheduler's steps are not linear in the prediction.
+        ValueError: a cache is on, two transformers, no samples, or steps of the scheduler that are not linear in the
+            prediction.
     """
 
     def __init__(
@@ -127,7 +138,7 @@ class Predictors:
         outputs: int = OUTPUTS,
         longest: int = 20,
     ) -> None:
-        check_uncached(pipe)
+        check_plannable(pipe)
         check_int("outputs", outputs, 1)
         if not samples or not trial or set(samples) & set(trial):
             raise ValueError("samples and trial are one or more numbers each, and differ")

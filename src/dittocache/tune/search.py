@@ -16,7 +16,9 @@ Tried = Callable[[int, float], Any]  # plans tried, the least error so far; what
 class Planner(Protocol):
     """Turns computed steps into recipes, and knows beforehand about what they lose."""
 
-    steps: int  # T
+    @property
+    def steps(self) -> int:
+        """T."""
 
     def candidates(self, budget: int) -> list[tuple[int, ...]]:
         """Computed steps of the plans to begin with, the likeliest first.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calibrate.setup import Setup, check_uncached, denoiser, made_for, takes
+from ..calibrate.setup import Setup, denoiser, made_for, takes
 from ..evaluate.comparison import Comparison
 from ..evaluate.measure import Look
 from ..evaluate.provenance import provenance, versions
@@ -27,7 +27,7 @@ from .effort import Effort
 from .goal import Goal
 from .journal import Journal
 from .judge import OWN, SMALLEST, SOLUTION, Judge
-from .predictor import Predictors
+from .predictor import Predictors, check_plannable
 from .search import Planner, search
 from .trajectory import check_divides, finest
 from .tuned import Tuned
@@ -104,7 +104,7 @@ class _Tuner:
         model: str,
         progress: Progress | None,
     ) -> None:
-        check_uncached(pipe)
+        check_plannable(pipe)
         takes(pipe)
         if against not in (OWN, SOLUTION):
             raise ValueError(f"pictures are compared with {OWN} or {SOLUTION}; got {against!r}")
@@ -383,8 +383,8 @@ class _Tuner:
 
     def _polished(self, number: int, budget: int) -> Contender:
         """The best plan for a budget after a local search, with its factors refined if that is better."""
-        searched = self._score(self._best(number, budget, self.effort.tries), 1.0)
-        if self._late():
+        searched = self._score(self._best(number, budget, self.effort.plans(budget / self.grids[number][1])), 1.0)
+        if self._late() or not self.effort.tries:
             return searched
         return self._ranked([self._score(self._refined(number, budget, searched), 1.0), searched])[0]
 
