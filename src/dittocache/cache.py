@@ -257,7 +257,7 @@ class Cache:
         time = 1 - k / run.num_steps if run.timesteps is None else run.timesteps[k] / trained
         return self.recipe.fix.fix(predicted_noise, Level(k, run.num_steps, time, share))
 
-    def on_step(self, scheduler: Any) -> None:
+    def on_step(self, scheduler: Any, latents: Any) -> None:
         """A step is over once the next forward begins: some pipelines step their scheduler twice, or copies of it too.
 
         The last one ends the run.

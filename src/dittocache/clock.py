@@ -39,8 +39,8 @@ class Listener(Protocol):
     def on_scale(self, scheduler: Any, timestep: Any) -> None:
         """The input of this timestep's forward is being made."""
 
-    def on_step(self, scheduler: Any) -> None:
-        """A step is over."""
+    def on_step(self, scheduler: Any, latents: Any) -> None:
+        """A step is over; the pipeline goes on with these latents."""
 
 
 class Silent:
@@ -53,7 +53,7 @@ class Silent:
 
     def on_scale(self, scheduler: Any, timestep: Any) -> None: ...
 
-    def on_step(self, scheduler: Any) -> None: ...
+    def on_step(self, scheduler: Any, latents: Any) -> None: ...
 
 
 ListenerType = TypeVar("ListenerType", bound=Listener)
@@ -204,7 +204,7 @@ def _step(method: Any) -> Any:
             model_output = listener.on_prediction(self, model_output, timestep, sample)
         result = method(self, model_output, *args, **kwargs)
         for listener in heard:
-            listener.on_step(self)
+            listener.on_step(self, result[0])
         return result
 
     return step

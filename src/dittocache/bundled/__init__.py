@@ -66,6 +66,14 @@ def questions(name: str, count: int) -> Questions:
     return Questions(names if name == "emoji" else classes, names, classes)
 
 
+def tuned(name: str) -> dict[str, Path]:
+    """Folders of the recipes that `dittocache tune` found for a bundled model, by how much faster they are.
+
+    >>> dittocache.enable(pipe, bundled.tuned("glyphs")["3x"])
+    """
+    return {path.parent.name: path.parent for path in sorted(folder(name).glob("tuned/*/recipe.json"))}
+
+
 def load(
     name: str, torch_dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
 ) -> DiffusionPipeline:

@@ -44,7 +44,7 @@ def demo(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw the same pictures uncached, with fewer steps and with caching; measure; write one HTML page.
+    """Draw the same pictures uncached, with fewer steps, with caching and with tuned recipes; measure; write one page.
 
     Takes two minutes or three on two processor cores. The folder then holds index.html (open it in a browser; it loads
     nothing from the network), comparison.json (all numbers) and pictures.safetensors (all pictures).
@@ -53,13 +53,14 @@ def demo(
     from ..bundled.judge import load_judge
     from ..evaluate import compare, standard_rows, write_page
     from ..evaluate.console import progress_bar, show_comparison
+    from ..evaluate.rows import tuned_rows
 
     with usage_errors():
         need_extras()
         asked = questions(model, pictures)
         out.mkdir(parents=True, exist_ok=True)
         pipe = load(device, model)
-        rows = standard_rows(steps)
+        rows = [*standard_rows(steps), *tuned_rows(model, steps)]
     began = time.perf_counter()
     with progress_bar("drawing") as progress:
         comparison = compare(

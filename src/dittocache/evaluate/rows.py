@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import hashlib
 import inspect
 import json
 import time
-import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import clock
 from ..calibrate.setup import guidance as guidance_of
 from ..calibrate.setup import guided, takes
 from ..plan import Plan
@@ -106,6 +105,15 @@ def standard_rows(steps: int = 50) -> list[Row]:
     return rows
 
 
+def tuned_rows(model: str, steps: int = 50) -> list[Row]:
+    """Rows of the recipes that were tuned for a bundled model and for so many steps."""
+    from ..bundled import tuned
+    from ..recipe import Recipe
+
+    recipes = {speed: Recipe.from_pretrained(path) for speed, path in tuned(model).items()}
+    return [Row(f"tuned {speed}", "tuned", steps, made) for speed, made in recipes.items() if made.num_steps == steps]
+
+
 # ---- running --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Run:
@@ -182,7 +190,7 @@ def run_row(
     def draw(see: Callable[[Tensor], None]) -> np.ndarray:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         torch.manual_seed(seeds[0])  # some pipelines do not hand their generators on to the scheduler
-        with _watched(pipe.scheduler, see):
+        with clock.observed(pipe.scheduler, _Steps(see)):
             return pipe(**options, generator=generators)[0]
 
     seen: deque[Tensor] = deque(maxlen=None if every_step else 1)
@@ -224,22 +232,14 @@ def _enough(latents: Tensor) -> None:
     raise _Enough
 
 
-@contextlib.contextmanager
-def _watched(scheduler: Any, see: Callable[[Tensor], None]) -> Iterator[None]:
+@dataclass
+class _Steps(clock.Silent):
     """Shows the latents after every step. (Not every pipeline has a callback for that.)"""
 
-    @functools.wraps(type(scheduler).step)  # pipelines look at the signature
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = type(self).step(self, *args, **kwargs)
-        if self is scheduler:  # and no copy, such as that which draws the sound of a video
-            see(out[0])
-        return out
+    see: Callable[[Tensor], None]
 
-    scheduler.step = types.MethodType(step, scheduler)  # copies of the scheduler get one that is bound to them
-    try:
-        yield
-    finally:
-        del scheduler.step
+    def on_step(self, scheduler: Any, latents: Tensor) -> None:
+        self.see(latents)
 
 
 @contextlib.contextmanager

@@ -161,8 +161,10 @@ class _Sampler(_Recorder):
                 self.latents[k] += share * sample
                 self.predictions[k] += share * prediction
         self.step += 1
-        self.last = stepped(scheduler, prediction, timestep, sample)
         return prediction
+
+    def on_step(self, scheduler: Any, latents: Any) -> None:
+        self.last = latents.float()
 
 
 def angles(scheduler: Any) -> Tensor:
