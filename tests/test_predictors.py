@@ -202,7 +202,8 @@ def test_linear():
     at = At(step=3, num_steps=4, site=Site("model", "model", "", 0, 1, 0))
     assert fill.depth == 3
     assert float(fill.fill(entry(4.0, 2.0, 8.0), at)[0]) == 2 * 4 - 0.5 * 2 + 0.25 * 8
-    assert float(fill.fill(entry(4.0), at)[0]) == 8.0, "fewer outputs: the others are left out"
+    assert float(fill.fill(entry(4.0), at)[0]) == 4.0, "fewer outputs than the row needs: held"
+    assert float(Linear(((1.0,), (1.0,), (1.0,), (2.0,))).fill(entry(4.0), at)[0]) == 8.0
     as_taylor = Linear(((0.0, 0.0),) * 3 + ((2.0, -1.0),))
     assert torch.equal(as_taylor.fill(entry(4.0, 2.0), at)[0], Taylor(1).fill(entry(4.0, 2.0), at._replace(step=2))[0])
     assert Recipe.from_dict(Recipe(ReuseSteps((3,)), where="model", fill=fill).to_dict()).fill == fill

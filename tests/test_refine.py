@@ -14,7 +14,7 @@ from dittocache.calibrate.setup import draw
 from dittocache.fill import At, Entry, Linear
 from dittocache.plan import Site
 from dittocache.tune import Predictors, refine
-from dittocache.tune.refine import Equations, Replay, cost, equations, factors, filling, orthonormal, predicted
+from dittocache.tune.refine import Equations, Replay, cost, equations, orthonormal, predicted
 from dittocache.tune.trajectory import fed_latents, record, scaled, stepped
 from dittocache.when import ReuseSteps
 
@@ -105,16 +105,32 @@ def test_a_network_that_is_fed_with_something_else():
     assert not planner.inputs
     recipe, error = planner.made(COMPUTED)
     refined, better = planner.refined(recipe)
-    assert recipe.fill.inputs == refined.fill.inputs == () and better <= error
+    assert recipe.fill.inputs == refined.fill.inputs == () and better <= error * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("share", [1.0, -1.0, 0.5])
+def test_what_is_added_must_come_out_as_it_is(share):
+    """Some pipelines turn the sign of what the network returns (Lumina2), or scale it: there the input is not used."""
+    pipe = pipeline()
+    scheduler = pipe.scheduler
+    scheduler.step = lambda prediction, *args: type(scheduler).step(scheduler, share * prediction, *args)
+    assert fed_latents(pipe, SETUP, 0) == (share == 1.0)
+
+
+def test_latents_in_half_precision():
+    """A network in bfloat16 is fed with what the latents are, rounded: values above 4 by more than a hundredth."""
+    pipe = pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    assert fed_latents(pipe, SETUP, 0)
 
 
 # ---- factors --------------------------------------------------------------------------------------------------------
 def test_tables_and_fills():
     table = torch.tensor([[1.0, 0.0, 0.5], [2.0, -1.0, 0.0]], dtype=torch.float64)
-    assert filling(table) == Linear(((1.0, 0.0), (2.0, -1.0)), (0.5, 0.0))
-    assert torch.equal(factors(filling(table)), table)
+    assert Linear.of(table) == Linear(((1.0, 0.0), (2.0, -1.0)), (0.5, 0.0))
+    assert torch.equal(Linear.of(table).table, table)
     table[:, -1] = 0
-    assert filling(table).inputs == () and torch.equal(factors(filling(table)), table)
+    assert Linear.of(table).inputs == () and torch.equal(Linear.of(table).table, table)
     outputs, latents = [torch.tensor([4.0]), torch.tensor([2.0])], torch.tensor([8.0])
     assert float(predicted(torch.tensor([2.0, -1.0, 0.5]), outputs, latents)) == 2 * 4 - 2 + 0.5 * 8
     assert float(predicted(torch.tensor([2.0, -1.0, 0.5]), outputs[:1], latents)) == 2 * 4 + 0.5 * 8
@@ -138,7 +154,7 @@ def planner(request) -> Predictors:
 def last_latents(pipe, table: torch.Tensor) -> torch.Tensor:
     """Of the recipe itself, no replay."""
     filled = tuple(k for k in range(STEPS) if k not in COMPUTED)
-    with dittocache.enable(pipe, Recipe(ReuseSteps(filled), where="model", fill=filling(table))):
+    with dittocache.enable(pipe, Recipe(ReuseSteps(filled), where="model", fill=Linear.of(table))):
         seen = Ends()
         with clock.observed(pipe.scheduler, seen):
             draw(pipe, SETUP, range(4))
@@ -154,7 +170,7 @@ class Ends(clock.Silent):
 
 
 def test_a_replay_draws_what_the_recipe_draws(planner):
-    table = factors(planner.made(COMPUTED)[0].fill)
+    table = planner.made(COMPUTED)[0].fill.table
     replay = Replay(frozenset(COMPUTED), table)
     replay.run(planner.pipe, SETUP, range(4))
     assert torch.allclose(replay.latents[-1].double(), last_latents(planner.pipe, table), atol=1e-4)
@@ -164,7 +180,7 @@ def test_a_replay_draws_what_the_recipe_draws(planner):
 def test_equations_are_what_moved_factors_do(planner, monkeypatch):
     """Every unknown, moved a little in the recipe itself, changes the last latents as the equations say."""
     monkeypatch.setattr(refine, "PUSH", 1e-3)  # so that both are derivatives
-    table = factors(planner.made(COMPUTED)[0].fill)
+    table = planner.made(COMPUTED)[0].fill.table
     found = equations(planner.pipe, SETUP, range(4), planner.runs, COMPUTED, table, planner.inputs)
     assert len(found.directions) == (1 + 2 + 3) + 3 * planner.inputs
     plain = last_latents(planner.pipe, table)
@@ -192,17 +208,16 @@ def test_equations_are_what_moved_factors_do(planner, monkeypatch):
 def test_known_outputs_are_not_computed_again():
     pipe = pipeline()
     planner = Predictors(pipe, SETUP, range(4), range(4, 8))
-    table = factors(planner.made(COMPUTED)[0].fill)
+    table = planner.made(COMPUTED)[0].fill.table
     calls, told = Calls(pipe.transformer.transformer_blocks[0]), []
     equations(
         pipe, SETUP, range(4), planner.runs, COMPUTED, table, True, lambda done, total: told.append((done, total))
     )
     directions = (1 + 2 + 3) + 3
     later = cost(len(COMPUTED), planner.outputs, True)
-    assert later == 2 * 2 + 1 * 3 + 0
-    # the plan's own run, and step 0 of every replay, which has nothing to hold yet
-    assert calls.count == len(COMPUTED) + directions + later
-    assert told == [(0, later), (4, later), (7, later)]
+    assert later == 2 * 2 + 1 * 3 + 0 + directions, "every replay computes step 0, as it has nothing to hold yet"
+    assert calls.count == len(COMPUTED) + later
+    assert told == [(0, later), (2 * 3, later), (2 * 3 + 3 * 2, later)]
 
 
 def test_solving_a_linear_problem():
@@ -222,7 +237,7 @@ def test_solving_a_linear_problem():
 def test_refined_factors_come_closer(planner):
     recipe, error = planner.made(COMPUTED)
     refined, better = planner.refined(recipe)
-    assert better <= error and refined.when == recipe.when
+    assert better <= error * (1 + 1e-4) and refined.when == recipe.when
     if better < error:
         plain = planner.runs.pictures[4:].double()
         with dittocache.enable(planner.pipe, refined):
@@ -237,7 +252,7 @@ def test_refining_mends_bad_factors():
     holding = torch.zeros(STEPS, planner.outputs + 1, dtype=torch.float64)
     holding[:, 0] = 1
     recipe = Recipe(
-        ReuseSteps(tuple(k for k in range(STEPS) if k not in COMPUTED)), where="model", fill=filling(holding)
+        ReuseSteps(tuple(k for k in range(STEPS) if k not in COMPUTED)), where="model", fill=Linear.of(holding)
     )
     with dittocache.enable(pipe, recipe):
         held = planner._error(torch.as_tensor(draw(pipe, SETUP, range(4, 8))))

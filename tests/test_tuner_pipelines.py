@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import tiny
 import torch
-from pipelines.images import POOLED, TEXT, WIDTH, _flux_flow, _pixart
+from pipelines.images import POOLED, TEXT, WIDTH, _dit, _flux_flow, _pixart
 from pipelines.stubs import assemble, embed, mask, pooled, vae
 
 import dittocache
 from dittocache.calibrate import Setup
 from dittocache.calibrate.setup import draw, made_for, timesteps
-from dittocache.tune import Effort, Goal, save, tune
+from dittocache.tune import Effort, Goal, Predictors, save, tune
 
 SETUP = Setup(num_steps=8, guidance_scale=3.5, seed=3, conditions=("a cat", "a dog", "a bird", "a red fish"))
 EFFORT = Effort(samples=2, trial=2, judged=2, held_out=2, batch=2, tries=2, methods=0)
@@ -73,6 +75,20 @@ def test_a_plan_for_a_diffusers_pipeline(name, tmp_path):
         with dittocache.enable(pipe, tmp_path) as cache:
             draw(pipe, SETUP, [0])
             assert cache.trace.compute_fraction < 1
+
+
+def test_a_plan_where_both_halves_of_guidance_are_stepped():
+    """DiTPipeline hands its scheduler twice as many latents as there are pictures."""
+    pipe = assemble("DiTPipeline", **_dit(0))
+    setup = replace(SETUP, conditions=(1, 2, 5), guidance_scale=3.0)
+    planner = Predictors(pipe, setup, [0, 1], [2, 3])
+    assert planner.inputs and len(planner.runs.latents[0]) == 8
+    recipe, error = planner.made((0, 2, 5))
+    better = planner.refined(recipe)[1]
+    assert any(recipe.fill.inputs) and better <= error * (1 + 1e-4)
+    assert error < planner.made((0,))[1]
+    found = tune(pipe, Goal("psnr", 8.0), setup, effort=EFFORT)
+    assert {"solver", "fewer steps"} == {one["method"] for one in found.tried}
 
 
 @pytest.mark.parametrize("name", ["flux", "flux-static"])

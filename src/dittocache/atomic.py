@@ -38,7 +38,8 @@ def write_all(folder: Path, files: Mapping[str, bytes | None]) -> None:
     """Writes several files, in their order, once all of them are on the disk; those without content are removed.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; then no file was changed.
+        OSError: the disk is full, or the folder cannot be written; then no file was changed. (If putting them into
+            place fails, which a full disk does not do, the first ones may be new.)
     """
     with tempfile.TemporaryDirectory(suffix=BESIDE, prefix=".", dir=folder) as scratch:
         for name, content in files.items():

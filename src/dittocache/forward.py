@@ -139,12 +139,13 @@ class Forward:
         if self.row[j] not in (None, COMPUTE) and self._ready(j):
             self.run.record(j, REUSE)
             return streams.unpack(self.filled(j, inputs), self.entry(j).form)
-        output = original(*args, **kwargs)
-        if self.row[j] is not None:
+        output, planned = original(*args, **kwargs), self.row[j]
+        if planned is not None:
             self.row[j] = COMPUTE
             self._keep(j, output, inputs, signature)
             self.run.record(j, COMPUTE)
-            output = self._mixed(j, output, inputs)
+            if planned != REUSE:  # one that could not be filled has no factors of its own
+                output = self._mixed(j, output, inputs)
         return output
 
     # ---- blocks -----------------------------------------------------------------------------------------------------

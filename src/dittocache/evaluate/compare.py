@@ -10,7 +10,7 @@ import torch
 from .measure import Instruments, Look, measure
 from .provenance import provenance
 from .rows import Row, Run, cached, fewer, own_guidance, run_row, run_rows, standard_rows, uncached
-from .steps import FEW, step_errors
+from .steps import FEW, alike, step_errors
 from .summary import summarise
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def compare(
     def first(row: Row) -> Run:
         count(row)
         part = slice(min(chunk, FEW))
-        return run_row(pipe, row, conditions[part], seeds[part], guidance_scale, every_step=True)
+        kept = alike(row, rows[0])
+        return run_row(pipe, row, conditions[part], seeds[part], guidance_scale, every_step=kept)
 
     facts = {"step_errors": step_errors(rows, map(first, rows))}
     look = None if judge is None else _look(judge)

@@ -202,7 +202,7 @@ def run_row(
                 with contextlib.suppress(_Enough):  # the first forward after `enable` also counts FLOPs
                     draw(_enough)
             begin = time.perf_counter()
-            pictures = draw(seen.append)
+            pictures = draw((lambda latents: seen.append(latents.cpu())) if every_step else seen.append)
             seconds = time.perf_counter() - begin
             if not seen or pictures.ndim not in (4, 5):
                 what = "steps none but copies of its scheduler" if not seen else "draws neither pictures nor videos"

@@ -200,6 +200,8 @@ class Evaluation:
     def _step_errors(self, asked: Sequence[Any], seeds: Sequence[int]) -> dict[str, tuple[float, ...]]:
         """By label, of the rows whose steps can be compared with the reference's; each is drawn once more."""
         rows = [row for row in self.rows if alike(row, self.rows[0])]
+        if len(rows) == 1:
+            return {}
         return step_errors(
             rows, (run_row(self.pipe, row, asked, seeds, self.guidance_scale, every_step=True) for row in rows)
         )

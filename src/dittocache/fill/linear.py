@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..parts import check_number, show
@@ -23,9 +24,9 @@ class Linear(Forecast):
     steps by gradient descent.
 
     Args:
-        coefficients: [T, H], newest output first. Outputs that are not there yet have the factor 0.
-        inputs: [T] factors d of the input; none: it is not used. Of an input with more channels than the output, or
-            less, the first ones: other channels are masks, pictures to go by, or predicted variances.
+        coefficients: [T, H], newest output first. A row that needs outputs that are not there yet holds the newest.
+        inputs: [T] factors d of the input; none: it is not used. Where input and output have other numbers of channels
+            (or of tokens, if latents are packed), the first ones: the rest are masks, pictures to go by, or variances.
     """
 
     coefficients: tuple[tuple[float, ...], ...] = ((1.0,),)
@@ -58,34 +59,53 @@ class Linear(Forecast):
         return len(self.coefficients[0])
 
     def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
-        """Raises a ValueError for a step beyond the table."""
+        """Holds where outputs are missing that the row needs: a part of them would be far from the whole.
+
+        Raises:
+            ValueError: a step beyond the table.
+        """
         if at_step >= len(self.coefficients):
             raise ValueError(
                 f"coefficients are for {len(self.coefficients)} steps, but this run has step {at_step}: "
                 "dittocache.tune.resample makes some for other steps"
             )
-        return list(self.coefficients[at_step][: len(steps)])
+        row = self.coefficients[at_step]
+        return list(row[: len(steps)]) if not any(row[len(steps) :]) else [1.0] + [0.0] * (len(steps) - 1)
 
     def fill(self, entry: Entry, at: At) -> Features:
-        made = super().fill(entry, at)
-        factor = self.inputs[at.step] if self.inputs else 0.0
-        if not factor:
-            return made
-        if at.inputs is None or not fits(at.inputs, made[at.main]):
+        factor = self.inputs[at.step] if at.step < len(self.inputs) else 0.0
+        if not factor or any(self.coefficients[at.step][len(entry.steps) :]):
+            return self._made(entry, at, ())
+        newest = entry.values[0]
+        if at.inputs is None or not fits(at.inputs, newest[at.main]):
             shape = None if at.inputs is None else list(at.inputs.shape)
             raise ValueError(
-                f"{at.site.name} has an input of the shape {shape} and an output of {list(made[at.main].shape)}: its "
+                f"{at.site.name} has an input of the shape {shape} and an output of {list(newest[at.main].shape)}: its "
                 "predictors cannot use the input, so leave out `inputs`"
             )
-        changed = made[at.main].clone()
-        count = min(changed.shape[1], at.inputs.shape[1])
-        changed[:, :count] += factor * at.inputs[:, :count]
-        return (*made[: at.main], changed, *made[at.main + 1 :])
+        inputs = [torch.zeros_like(output) for output in newest]
+        count = min(newest[at.main].shape[1], at.inputs.shape[1])
+        inputs[at.main][:, :count] = at.inputs[:, :count]
+        return self._made(entry, at, [(tuple(inputs), factor)])
 
     def mix(self, entry: Entry, value: Features, at: At) -> Features:
         return self.fill(entry, at)
 
+    # ---- tables -----------------------------------------------------------------------------------------------------
+    @classmethod
+    def of(cls, table: Tensor) -> Linear:
+        """From factors [T, H + 1], the last of them that of the input."""
+        inputs = tuple(table[:, -1].tolist()) if table[:, -1].any() else ()
+        return cls(tuple(map(tuple, table[:, :-1].tolist())), inputs)
+
+    @property
+    def table(self) -> Tensor:
+        """[T, H + 1] float64, see `of`."""
+        inputs = self.inputs or [0.0] * len(self.coefficients)
+        rows = [[*row, factor] for row, factor in zip(self.coefficients, inputs, strict=True)]
+        return torch.tensor(rows, dtype=torch.float64)
+
 
 def fits(inputs: Tensor, output: Tensor) -> bool:
-    """Whether two tensors differ in their second dimension at most."""
+    """Whether two tensors differ in their second dimension at most: channels, or tokens of packed latents."""
     return (*inputs.shape[:1], *inputs.shape[2:]) == (*output.shape[:1], *output.shape[2:]) and inputs.ndim > 1

@@ -77,6 +77,10 @@ class Forecast(Fill):
         entry.steps = [at.step, *entry.steps[older]][: self.depth]
 
     def fill(self, entry: Entry, at: At) -> Features:
+        return self._made(entry, at, ())
+
+    def _made(self, entry: Entry, at: At, more: Sequence[tuple[Features, float]]) -> Features:
+        """The outputs and what else there is, times their factors."""
         factors: list[Any] = []
         samples = next((len(step) for step in entry.steps if isinstance(step, tuple)), None)
         if samples is None:
@@ -87,7 +91,8 @@ class Forecast(Fill):
             factors = [torch.tensor(column, dtype=torch.float64) if any(column) else 0.0 for column in columns]
         pairs = zip(entry.values[1:], factors[1:], strict=True)
         older = [(value, factor) for value, factor in pairs if isinstance(factor, Tensor) or factor]
-        newest, missing = entry.values[0], 1 - sum(factors)
+        older += more
+        newest, missing = entry.values[0], 1 - sum(factors) - sum(factor for _, factor in more)
         if isinstance(missing, Tensor) or abs(missing) > 1e-9:  # more than rounding: that is the factor of a zero
             older.append((tuple(value.new_zeros(()) for value in newest), missing))
         if not older:

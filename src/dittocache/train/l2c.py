@@ -172,8 +172,8 @@ def _check_folder(folder: Path) -> None:
     """Raises a ValueError if a folder holds what no training of a router wrote."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder")
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = {name + end for name in FILES for end in ("", BESIDE)}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    found, ours = {name for name in names if not name.endswith(BESIDE)}, set(FILES)  # a kill leaves unfinished ones
     foreign = sorted(found - ours if CHECKPOINT in found else found - ours | found & {FILE, ARRAYS})
     if foreign:
         raise ValueError(f"{str(folder)!r} holds {foreign[0]!r}, which no training wrote: choose another folder")

@@ -23,14 +23,13 @@ class Contender:
     def to_dict(self) -> dict[str, Any]:
         row = self.row
         summary = f"{row.steps} steps" if row.recipe is None else row.recipe.describe()
-        numbers = {name: "inf" if value == math.inf else value for name, value in self.numbers.items()}
         return {
             "label": row.label,
             "method": row.method,
             "steps": row.steps,
             "scheduler": row.scheduler,
             "summary": summary,
-        } | numbers
+        } | told_numbers(self.numbers)
 
 
 def distinct(rows: Sequence[Row]) -> list[Row]:
@@ -53,3 +52,8 @@ def told(label: str, numbers: Mapping[str, Any]) -> str:
     """Numbers in one line."""
     close = ", ".join(f"{name} {numbers[name]:.4g}" for name in ("psnr", "ssim", "latent", "fd") if name in numbers)
     return f"{label}: {numbers['speedup']:.2f}x, {close}"
+
+
+def told_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON can write them: others than finite ones by name."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}

@@ -56,14 +56,16 @@ class Effort:
         """That a local search draws, if they compute a share of the steps."""
         return max(round(self.tries * POLISHED / share), min(self.tries, 1))
 
-    def refining(self, budget: int, steps: int, outputs: int) -> float:
+    def refining(self, budget: int, steps: int, outputs: int = OUTPUTS) -> float:
         """Of the factors of a plan."""
         return self.samples * cost(budget, outputs, True) / steps
+
+    def polishing(self, budget: int, steps: int) -> float:
+        """Of a local search, and of the factors of what it finds."""
+        return self.tries * self.made(POLISHED) + (self.refining(budget, steps) if self.tries else 0)
 
     def runs(self, steps: int, grids: int) -> float:
         """Of everything."""
         planning = self.recording(steps) + 5 * self.made(0.4) + 6 * self.batch
-        polishing = self.tries * self.made(POLISHED)
-        if self.tries:
-            polishing += self.refining(round(POLISHED * steps), steps, OUTPUTS)
+        polishing = self.polishing(round(POLISHED * steps), steps)
         return grids * planning + polishing + 2 * self.batch * self.methods + 4 * self.judged + 3 * self.held_out

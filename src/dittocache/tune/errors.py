@@ -222,7 +222,9 @@ def mixing(outputs: Sequence[Tensor], prediction: Tensor) -> Tensor:
     wanted = prediction.flatten().double()
     factors = torch.linalg.lstsq(branches.T, wanted.unsqueeze(1)).solution.squeeze(1)
     rest = (branches.T @ factors - wanted).norm() / wanted.norm()
-    if not rest < 1e-3:
+    # guidance in half precision rounds
+    rounding = max(torch.finfo(one.dtype).eps for one in (*outputs, prediction))
+    if not rest < max(1e-3, 8 * rounding):
         raise ValueError(
             f"the prediction is no sum of the network's outputs ({100 * float(rest):.1f} % are left): guidance that "
             "rescales cannot be tuned"

@@ -8,7 +8,7 @@ What a computed step hands on is fitted as well: the newest output is its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,13 +19,13 @@ from torch import Tensor
 from .. import clock
 from ..cache import enable
 from ..calibrate.setup import Setup, check_uncached, draw
-from ..fill import Hold
+from ..fill import Hold, Linear
 from ..parts import check_int
 from ..recipe import Recipe
 from ..when import ReuseSteps
 from .errors import weights
 from .path import shortest
-from .refine import Replay, equations, factors, filling, predicted
+from .refine import Progress, Replay, equations, go_on, predicted
 from .segments import carried, products, strays
 from .trajectory import Trajectories, fed_latents, record, scaled, solution, stepped
 
@@ -64,13 +64,14 @@ class _Fitter(clock.Silent):
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         k = len(self.rows)
-        self.strays.append(float((sample - self.runs.latents[k])[self.fitted :].square().mean()))
+        here, there = self.runs.latents[k].to(sample.device), self.runs.latents[k + 1].to(sample.device)
+        self.strays.append(float((sample - here)[self.fitted :].square().mean()))
         if self.strays[k] > self.most[k]:
             raise _GivenUp
         if k in self.computed:
             self.history = [prediction, *self.history[: self.outputs - 1]]
         after = stepped(scheduler, self.history[0], timestep, sample)
-        wanted = self.history[0].float() + (self.runs.latents[k + 1] - after) / float(self.runs.gains[k])
+        wanted = self.history[0].float() + (there - after) / float(self.runs.gains[k])
         latents = scaled(scheduler, sample, timestep)
         bases = [*self.history, latents] if self.inputs else self.history
         found = least_squares([one[: self.fitted] for one in bases], wanted[: self.fitted])
@@ -189,23 +190,22 @@ class Predictors:
         error = self._error(pictures[self.fitted :])
         if 0 < error < most:
             self.seen = error, np.array(fitter.strays)
-        return replace(recipe, fill=filling(torch.stack(fitter.rows))), error
+        return replace(recipe, fill=Linear.of(torch.stack(fitter.rows))), error
 
-    def refined(
-        self, recipe: Recipe, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> tuple[Recipe, float]:
+    def refined(self, recipe: Recipe, progress: Progress = go_on) -> tuple[Recipe, float]:
         """The recipe with all its factors moved together, and its error; as it was if that is not less.
 
-        See `refine.equations`, which calls `progress`.
+        See `refine.equations`, which calls `progress` and may be ended by it.
         """
         computed = [k for k in range(self.steps) if k not in recipe.when.steps]  # type: ignore[attr-defined]
         fitted, trial = self.samples[: self.fitted], self.samples[self.fitted :]
-        table = factors(recipe.fill)  # type: ignore[arg-type]
+        table = recipe.fill.table  # type: ignore[attr-defined]
         found = equations(self.pipe, self.setup, fitted, self.runs, computed, table, self.inputs, progress)
         tables = [table, *map(found.solved, DAMPING)]
-        errors = [self._error(Replay(frozenset(computed), one).run(self.pipe, self.setup, trial)) for one in tables]
+        drawn = [Replay(frozenset(computed), one).run(self.pipe, self.setup, trial) for one in tables]
+        errors = [self._error(pictures) for pictures in drawn if pictures is not None]
         best = int(np.argmin(errors))
-        return replace(recipe, fill=filling(tables[best])), errors[best]
+        return replace(recipe, fill=Linear.of(tables[best])), errors[best]
 
     def _error(self, pictures: Tensor) -> float:
         """Of the trial's pictures."""

@@ -9,6 +9,7 @@ that it works on networks that are compiled, quantised or offloaded. A step's fa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,33 +20,27 @@ from torch import Tensor
 from .. import clock
 from ..cache import enable
 from ..calibrate.setup import Setup, draw
-from ..fill import Hold, Linear
+from ..fill import Hold
 from ..recipe import Recipe
 from ..when import ReuseSteps
 from .trajectory import Trajectories, scaled, stepped
 
 PUSH = 0.3  # of what the latents are off at the next computed step
+Progress = Callable[[int, int], object]
+
+
+def go_on(done: int, total: int) -> bool:
+    """Ends nothing."""
+    return False
 
 
 # ---- factors --------------------------------------------------------------------------------------------------------
 def predicted(row: Tensor, outputs: Sequence[Tensor], latents: Tensor) -> Tensor:
     """A prediction from [H + 1] factors: of at most H outputs, newest first, and of the network's input."""
-    bases = torch.stack([one.float() for one in (*outputs[: len(row) - 1], latents)])
-    shares = [*row[: len(bases) - 1].tolist(), float(row[-1])]
-    return torch.tensordot(torch.tensor(shares).to(bases), bases, dims=1).to(outputs[0].dtype)
-
-
-def filling(table: Tensor) -> Linear:
-    """The fill of factors [T, H + 1]."""
-    inputs = tuple(table[:, -1].tolist()) if table[:, -1].any() else ()
-    return Linear(tuple(map(tuple, table[:, :-1].tolist())), inputs)
-
-
-def factors(fill: Linear) -> Tensor:
-    """[T, H + 1] of a fill."""
-    inputs = fill.inputs or [0.0] * len(fill.coefficients)
-    rows = [[*row, factor] for row, factor in zip(fill.coefficients, inputs, strict=True)]
-    return torch.tensor(rows, dtype=torch.float64)
+    made = float(row[-1]) * latents
+    for factor, output in zip(row[:-1].tolist(), outputs, strict=False):
+        made = made + factor * output.float()
+    return made.to(outputs[0].dtype)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -57,11 +52,13 @@ class Replay(clock.Silent):
         computed: steps.
         table: [T, H + 1] factors.
         known: outputs of computed steps.
+        brief: only the last latents are wanted, and no pictures.
     """
 
     computed: frozenset[int]
     table: Tensor
     known: dict[int, Tensor] = field(default_factory=dict)
+    brief: bool = False
     step: int = 0
     outputs: dict[int, Tensor] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)  # of the network, at every step
@@ -74,20 +71,29 @@ class Replay(clock.Silent):
         if self.step in self.computed:
             self.outputs[self.step] = self.known.get(self.step, prediction)
         newest_first = list(self.outputs.values())[::-1]
-        self.inputs.append(scaled(scheduler, sample, timestep))
-        self.latents.append(sample.detach().float())
-        made = predicted(self.table[self.step], newest_first, self.inputs[-1])
+        inputs = scaled(scheduler, sample, timestep)
+        if not self.brief:
+            self.inputs.append(inputs)
+            self.latents.append(sample.detach().float())
+        made = predicted(self.table[self.step], newest_first, inputs)
         self.step += 1
         if self.step == len(self.table):
             self.latents.append(stepped(scheduler, made, timestep, sample))
+            if self.brief:
+                raise _Ended
         return made
 
-    def run(self, pipe: Any, setup: Setup, samples: Sequence[int]) -> Tensor:
+    def run(self, pipe: Any, setup: Setup, samples: Sequence[int]) -> Tensor | None:
         """Draws the samples, and returns their pictures."""
         filled = (k for k in range(1, setup.num_steps) if k not in self.computed or k in self.known)
         recipe = Recipe(where="model", when=ReuseSteps(tuple(filled)), fill=Hold())
-        with enable(pipe, recipe), clock.observed(pipe.scheduler, self):
+        with enable(pipe, recipe), clock.observed(pipe.scheduler, self), contextlib.suppress(_Ended):
             return torch.as_tensor(draw(pipe, setup, samples))
+        return None
+
+
+class _Ended(Exception):
+    """Ends a run after its last step, before pictures are made of its latents."""
 
 
 # ---- normal equations -----------------------------------------------------------------------------------------------
@@ -99,8 +105,8 @@ class Equations:
     Attributes:
         table: [T, H + 1] where they were made.
         directions: [unknowns][T, H + 1] what is moved.
-        matrix: [unknowns, unknowns] inner products of the changes of the last latents.
-        gained: [unknowns] inner products with what is missed.
+        matrix: [unknowns, unknowns] inner products of the changes of the last latents, J'J.
+        gained: [unknowns] inner products with what is missed, J'r.
     """
 
     table: Tensor
@@ -109,7 +115,7 @@ class Equations:
     gained: Tensor
 
     def solved(self, damping: float) -> Tensor:
-        """[T, H + 1] better factors; the more damping, the nearer to those there are."""
+        """[T, H + 1] better factors, a step of Levenberg-Marquardt: the more damping, the nearer to those there are."""
         diagonal = self.matrix.diagonal()
         damped = self.matrix + torch.diag(damping * diagonal + 1e-12 * diagonal.mean())
         shares = torch.linalg.solve(damped, self.gained)
@@ -124,7 +130,7 @@ def equations(
     computed: Sequence[int],
     table: Tensor,
     inputs: bool,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = go_on,
 ) -> Equations:
     """Moves every factor of a plan, and sees what becomes of the last latents.
 
@@ -138,39 +144,43 @@ def equations(
         computed: steps of the plan.
         table: [T, H + 1] factors.
         inputs: whether those of the network's input are moved, too.
-        progress: called as progress(steps computed, in all).
+        progress: called as progress(steps computed, in all); what it returns as true ends it with the factors so far.
     """
+    count = len(samples)  # some pipelines step both halves of guidance; the first is the pictures'
+    wanted = [latents[:count] for latents in runs.latents]
     plan = Replay(frozenset(computed), table)
     plan.run(pipe, setup, samples)
-    missed = (runs.latents[-1][: len(samples)] - plan.latents[-1]).flatten(1).double()
+    ended = plan.latents[-1][:count].cpu()
+    missed = (wanted[-1] - ended).flatten(1).double()
     weights = missed.square().mean(1, keepdim=True).clamp(min=1e-12) ** -0.25  # of both factors of a product
-    directions, changes, calls = [], [], 0
+    directions, changes, calls = list[Tensor](), list[Tensor](), 0
     for n, step in enumerate(computed):
+        if progress(calls, cost(len(computed), table.shape[1] - 1, inputs)) and changes:
+            break
         history = computed[max(n + 2 - table.shape[1], 0) : n + 1][::-1]
         bases = [plan.outputs[k] for k in history] + [plan.inputs[step]] * inputs
         following = [*computed, setup.num_steps][n + 1]
-        off = (plan.latents[following] - runs.latents[following][: len(samples)]).square().mean().sqrt()
+        off = (plan.latents[following][:count].cpu() - wanted[following]).square().mean().sqrt()
         size = PUSH * float(off.clamp(min=1e-6)) / float(runs.gains[step:following].abs().sum())
         known = {k: output for k, output in plan.outputs.items() if k <= step}
-        progress(calls, cost(len(computed), table.shape[1] - 1, inputs))
         for combined in orthonormal(bases):
             direction = torch.zeros_like(table)
             direction[step:following, : len(history)] = combined[: len(history)]
             if inputs:
                 direction[step:following, -1] = combined[-1]
-            moved = Replay(plan.computed, table + size * direction, known)
+            moved = Replay(plan.computed, table + size * direction, known, brief=True)
             moved.run(pipe, setup, samples)
-            change = (moved.latents[-1] - plan.latents[-1]).flatten(1).double() / size
+            change = (moved.latents[-1][:count].cpu() - ended).flatten(1).double() / size
             directions.append(direction)
-            calls += len(computed) - n - 1
-            changes.append((change * weights).flatten().float().cpu())
-    rows, wanted = torch.stack(changes), (missed * weights).flatten().float().cpu()
-    return Equations(table, directions, (rows @ rows.T).double(), (rows @ wanted).double())
+            changes.append((change * weights).flatten().float())
+            calls += len(computed) - n
+    rows, missing = torch.stack(changes), (missed * weights).flatten().float()
+    return Equations(table, directions, (rows @ rows.T).double(), (rows @ missing).double())
 
 
 def cost(computed: int, outputs: int, inputs: bool) -> int:
-    """Computed steps that the equations of so many take."""
-    return sum((min(n + 1, outputs) + inputs) * (computed - n - 1) for n in range(computed))
+    """Computed steps that the equations of so many take; step 0 is computed by every run."""
+    return sum((min(n + 1, outputs) + inputs) * (computed - n) for n in range(computed))
 
 
 def orthonormal(bases: Sequence[Tensor]) -> Tensor:

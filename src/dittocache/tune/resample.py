@@ -38,7 +38,6 @@ from ..when import (
     Warmup,
     When,
 )
-from .refine import factors, filling
 
 # parts that go with any number of steps
 RULES = (
@@ -247,8 +246,8 @@ def _fill(fill: Fill, when: When, steps: Steps, reused: np.ndarray) -> Fill:
     if isinstance(fill, Linear) and len(fill.coefficients) == len(steps.old) and isinstance(when, ReuseSteps):
         computed = np.setdiff1d(np.arange(len(steps.new)), when.steps)
         if len(computed) == int((~reused).sum()):
-            table = _coefficients(factors(fill).numpy(), steps, np.flatnonzero(~reused), computed)
-            return filling(torch.from_numpy(table))
+            table = _coefficients(fill.table.numpy(), steps, np.flatnonzero(~reused), computed)
+            return Linear.of(torch.from_numpy(table))
     raise _refused(fill, steps)
 
 

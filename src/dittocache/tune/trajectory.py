@@ -18,6 +18,7 @@ from ..forward import noisy_sample
 from ..hooks import captured
 from ..noise import levels
 from ..parts import check_int
+from .errors import mixing
 
 
 def stepped(scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def scaled(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Runs of some samples.
+    """Runs of some samples, on the CPU.
 
     Attributes:
         latents: [T + 1, n, ...] what the scheduler is handed at every step, and what it ends with, in float32.
@@ -78,10 +79,10 @@ class _Recorder(clock.Silent):
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         after, gain = linear(scheduler, prediction, timestep, sample)
-        self.latents.append(sample.detach().float().clone())
-        self.predictions.append(prediction.detach().float().clone())
+        self.latents.append(sample.detach().float().cpu().clone())
+        self.predictions.append(prediction.detach().float().cpu().clone())
         self.gains.append(gain)
-        self.last = after
+        self.last = after.cpu()
         return prediction
 
 
@@ -154,17 +155,17 @@ class _Sampler(_Recorder):
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         if not self.latents:
-            self.latents = [torch.zeros_like(sample, dtype=torch.float32) for _ in self.wanted]
-            self.predictions = [torch.zeros_like(prediction, dtype=torch.float32) for _ in self.wanted]
+            self.latents = [torch.zeros(sample.shape) for _ in self.wanted]
+            self.predictions = [torch.zeros(prediction.shape) for _ in self.wanted]
         for k, share in enumerate(self.shares[:, self.step].tolist()):
             if share:
-                self.latents[k] += share * sample
-                self.predictions[k] += share * prediction
+                self.latents[k] += share * sample.float().cpu()
+                self.predictions[k] += share * prediction.float().cpu()
         self.step += 1
         return prediction
 
     def on_step(self, scheduler: Any, latents: Any) -> None:
-        self.last = latents.float()
+        self.last = latents.float().cpu()
 
 
 def angles(scheduler: Any) -> Tensor:
@@ -218,25 +219,34 @@ class _Ended(Exception):
 
 @dataclass
 class _First(clock.Silent):
-    """Sees the first step's latents."""
+    """Sees the first step."""
 
-    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+    latents: Tensor | None = None  # as the network is fed with them
+    prediction: Tensor | None = None
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
-        if prediction.shape == sample.shape:
-            self.latents = scaled(scheduler, sample, timestep)
+        # some pipelines step both halves of guidance
+        self.latents, self.prediction = scaled(scheduler, sample[:1], timestep), prediction[:1]
         raise _Ended
 
 
 def fed_latents(pipe: Any, setup: Setup, sample: int) -> bool:
-    """Whether the network's first input begins with the latents, so that predictors can use it."""
+    """Whether predictors can use the network's input: it begins with the latents, and what is added to the network's
+    outputs comes out of guidance as it is (some pipelines turn the sign, or rescale)."""
     watched = clock.observed(pipe.scheduler, _First())
     with captured(denoiser(pipe)) as calls, watched as seen, contextlib.suppress(_Ended):
         draw(pipe, setup, [sample])
-    inputs, output = noisy_sample(calls[0].args, calls[0].kwargs), calls[0].output
-    output = output if isinstance(output, Tensor) else output[0]
-    if inputs is None or not len(seen.latents) or inputs.ndim != seen.latents.ndim or not fits(inputs, output):
+    outputs = [call.output if isinstance(call.output, Tensor) else call.output[0] for call in calls]
+    inputs = noisy_sample(calls[0].args, calls[0].kwargs)
+    if inputs is None or seen.latents is None or seen.prediction is None or not fits(inputs, outputs[0]):
         return False
-    count = seen.latents.shape[1]
-    found = inputs[:1, :count].float()
-    return found.shape == seen.latents.shape and torch.allclose(found, seen.latents, atol=1e-2)
+    found = inputs[:1].float()
+    if found.ndim != seen.latents.ndim or seen.prediction.shape != seen.latents.shape:
+        return False
+    found = found[:, : seen.latents.shape[1]]
+    try:
+        share = float(mixing(outputs, seen.prediction).sum())
+    except ValueError:
+        return False
+    alike = found.shape == seen.latents.shape and torch.allclose(found, seen.latents, rtol=1e-2, atol=1e-2)
+    return alike and abs(share - 1) < 0.05

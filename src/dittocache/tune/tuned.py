@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from .. import atomic
 from ..evaluate.comparison import Comparison
 from ..evaluate.rows import Row
+from .contender import told_numbers
 from .goal import Goal
 
 FILE = "tune.json"
@@ -50,11 +52,11 @@ def save(tuned: Tuned, goal: Goal, out: str | Path, model: str = "") -> Path:
         "goal": goal.text(),
         "met": tuned.met,
         "winner": tuned.row.config(),
-        "held_out": tuned.numbers,
+        "held_out": told_numbers(tuned.numbers),
         "tried": tuned.tried,
         "provenance": dict(tuned.comparison.provenance),
     }
-    (out / FILE).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    atomic.write(out / FILE, (json.dumps(whole, indent=1) + "\n").encode())
     if tuned.row.recipe is not None:
         measured = [result.to_dict() for result in tuned.comparison.results]
         names = ("label", "speedup", "speedup_low", "speedup_high", "psnr", "ssim", "frechet")

@@ -294,6 +294,7 @@ class _Tuner:
         budget, found = computed_of(best.row), [self._polished(best.grid, computed_of(best.row))]
         while self.goal.speedup is None and self.goal.met(found[-1].numbers) and budget > 2 and not self._late():
             budget -= max(1, budget // 10)  # a better plan may have something to spare
+            self.whole += self.effort.polishing(budget, best.row.steps)
             found.append(self._polished(best.grid, budget))
         return self._ranked([*found, *leaders])
 
@@ -386,7 +387,8 @@ class _Tuner:
         searched = self._score(self._best(number, budget, self.effort.plans(budget / self.grids[number][1])), 1.0)
         if self._late() or not self.effort.tries:
             return searched
-        return self._ranked([self._score(self._refined(number, budget, searched), 1.0), searched])[0]
+        refined = self._score(self._refined(number, budget, searched), 1.0)
+        return min((refined, searched), key=lambda one: self.goal.loss(one.numbers))  # they are equally fast
 
     def _refined(self, number: int, budget: int, searched: Contender) -> Contender:
         """The same steps, all factors moved together."""
@@ -395,13 +397,18 @@ class _Tuner:
         whole = self.effort.refining(budget, steps, planner.outputs)
 
         def moved() -> dict[str, Any]:
-            def tell(done: int, total: int) -> None:
+            def tell(done: int, total: int) -> bool:
                 self._say(f"refining {budget} of {self._named(number)}: {100 * done // total} %", whole / budget)
+                return self._late()
 
             with scheduled(self.pipe, scheduler):
                 return planner.refined(before, tell)[0].fill.to_dict()  # type: ignore[arg-type]
 
-        fill = Fill.from_dict(self.journal(f"refined {searched.row.config()}", moved))
+        key = f"refined {searched.row.config()}"
+        found = self.journal.found.get(key) or moved()
+        if not self._late():
+            self.journal(key, lambda: found)
+        fill = Fill.from_dict(found)
         row = replace(searched.row, recipe=replace(before, fill=fill), label=f"{searched.row.label} and refined")  # type: ignore[type-var]
         return Contender(row, grid=number)
 
