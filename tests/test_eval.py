@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, FlowMatchEulerD
 from test_features import made  # weights at random under which features differ
 from typer.testing import CliRunner
 
-from dittocache import bundled
+from dittocache import bundled, clock
 from dittocache.cli import app
 from dittocache.evaluate import Comparison, compare, metrics, pipelines
-from dittocache.evaluate.rows import Row, _watched, cached, fewer, run_row, run_rows, uncached
+from dittocache.evaluate.rows import Row, _Steps, cached, fewer, run_row, run_rows, uncached
 from dittocache.evaluate.steps import step_errors
 from dittocache.evaluate.task import Asked, Evaluation, asked_of, summary
 from dittocache.work import run as work
@@ -89,7 +89,7 @@ def test_a_copy_of_a_watched_scheduler_is_its_own():
     scheduler, seen = FlowMatchEulerDiscreteScheduler(), []
     scheduler.set_timesteps(3)
     x, t = torch.ones(1, 4), scheduler.timesteps[0]
-    with _watched(scheduler, seen.append):
+    with clock.observed(scheduler, _Steps(seen.append)):
         other = copy.deepcopy(scheduler)
         other.step(x, t, x)
         assert (other.step_index, scheduler.step_index, seen) == (1, None, [])
