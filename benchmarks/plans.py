@@ -31,16 +31,13 @@ from dittocache.plan import COMPUTE, Site
 from dittocache.tune import Forecasts, Predictors, measure, search, solve
 from dittocache.tune.forecasts import spread
 from dittocache.tune.learned import learned
+from dittocache.tune.search import computed_steps
 
 HERE = Path(__file__).parent
 
 
 def db(error: float) -> float:
     return round(float(-10 * np.log10(error)), 2)
-
-
-def computed(recipe: Recipe, steps: int) -> list[int]:
-    return [k for k in range(steps) if k not in recipe.when.steps]  # type: ignore[attr-defined]
 
 
 def even(budget: int, steps: int) -> Recipe:
@@ -114,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "predictors, path": db(judge.error(predictors.made(path)[0])),
             "predictors, search": db(judge.error(found)),
             "predictors, refined": db(judge.error(refined)),
-            "computed": computed(found, args.steps),
+            "computed": computed_steps(found, args.steps),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

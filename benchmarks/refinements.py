@@ -30,6 +30,7 @@ from dittocache.evaluate.provenance import provenance
 from dittocache.plan import COMPUTE, Plan
 from dittocache.tune import measure, solve
 from dittocache.tune.forecasts import loss, planned
+from dittocache.tune.search import computed_steps
 from dittocache.when import Table
 from dittocache.which import ValueNorm
 
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         share, value, plan = drawn(trial, recipe)
         row: dict[str, Any] = {"computed steps": budget, "share": round(share, 4), "psnr": round(value, 2), "more": {}}
         filled = list(recipe.when.steps)  # type: ignore[attr-defined]
-        computed = [k for k in range(args.steps) if k not in filled]
+        computed = computed_steps(recipe, args.steps)
         # a step's cost is what computing it as well would save
         saved = {k: loss(errors, computed) - loss(errors, sorted([*computed, k])) for k in filled}
         costliest = sorted(filled, key=lambda k: -saved[k])[: len(filled) // 3]

@@ -32,6 +32,7 @@ from dittocache.evaluate.metrics import decibels
 from dittocache.evaluate.provenance import provenance
 from dittocache.evaluate.rows import scheduled
 from dittocache.tune import SCHEDULERS, Predictors, search
+from dittocache.tune.search import computed_steps
 
 HERE = Path(__file__).parent
 SOLVERS = ("ddim", "dpm++2m", "unipc")
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 budget, found = row["calls"], {}
                 for kind, made in plans(planner, budget, max(1, args.calls // budget)):
                     errors = judge.errors(int(steps), replace(made[0], made_for={}))
-                    computed = [k for k in range(int(steps)) if k not in made[0].when.steps]  # type: ignore[attr-defined]
+                    computed = computed_steps(made[0], int(steps))
                     trial_db = round(decibels(made[1]), 2)
                     found[kind] = told(errors) | {"gain": gains(errors, fewer[budget]), "trial": trial_db}
                     found[kind] |= {"computed": computed, "seconds": round(time.perf_counter() - began, 1)}

@@ -57,6 +57,20 @@ def test_the_input_is_a_part_of_a_prediction():
     assert torch.allclose(found[2], 2 * plain[1] - plain[0] - 0.25 * grown[2], atol=1e-5)
 
 
+def test_a_step_that_cannot_be_filled_is_what_the_network_returns():
+    """Another batch than what is kept belongs to: computed, and no factor of the filled step comes to it."""
+    network = tiny.dit()
+    fill = Linear(((1.0,), (3.0,)), inputs=(0.0, 0.5))
+    x = tiny.latents(network)
+    two = torch.cat([x, x])
+    plain = tiny.predict(network, two, 800)
+    with dittocache.enable(network, Recipe(ReuseSteps((1,)), where="model", fill=fill)) as cache, cache.run(2):
+        cache.step(0)
+        tiny.predict(network, x, 900)
+        cache.step(1)
+        assert torch.equal(tiny.predict(network, two, 800), plain)
+
+
 def test_inputs_are_saved_and_checked():
     fill = Linear(((1.0,), (0.5,)), inputs=(0.0, 0.25))
     recipe = Recipe(ReuseSteps((1,)), where="model", fill=fill)

@@ -480,7 +480,7 @@ def enable(target: Any, recipe: Any, *, scheduler: Any = None, **params: Any) ->
     Nothing is changed unless everything fits.
     """
     chosen = resolve(recipe, **params)
-    transformers = _transformers_of(target)
+    transformers = transformers_of(target)
     if scheduler is None and target not in transformers:
         scheduler = getattr(target, "scheduler", None)
     has_clock = hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step") and not isinstance(scheduler, type)
@@ -536,7 +536,7 @@ def _is_target(target: Any) -> bool:
     return isinstance(target, nn.Module) or hasattr(target, "components")
 
 
-def _transformers_of(target: Any) -> list[nn.Module]:
+def transformers_of(target: Any) -> list[nn.Module]:
     """The denoiser of a pipeline, or both of them where noise levels are shared out, or the module itself."""
     if isinstance(target, nn.Module):
         return [target]

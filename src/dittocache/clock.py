@@ -43,6 +43,10 @@ class Listener(Protocol):
         """A step is over; the pipeline goes on with these latents."""
 
 
+class Enough(Exception):
+    """Raised by a listener, ends the run: it has seen what it wanted. Whoever began the run suppresses it."""
+
+
 class Silent:
     """A listener that changes nothing, to be sub-classed."""
 

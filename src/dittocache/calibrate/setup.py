@@ -154,10 +154,6 @@ def draw(pipe: Any, setup: Setup, samples: Sequence[int], output_type: str = "pt
         )[0]
 
 
-class _Begun(Exception):
-    """Ends a run at its first prediction."""
-
-
 class _Beginning(clock.Silent):
     """Sees which timesteps a pipeline sets."""
 
@@ -167,7 +163,7 @@ class _Beginning(clock.Silent):
         self.timesteps = scheduler.timesteps.clone()
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
-        raise _Begun
+        raise clock.Enough
 
 
 def timesteps(pipe: Any, setup: Setup) -> Tensor:
@@ -176,7 +172,7 @@ def timesteps(pipe: Any, setup: Setup) -> Tensor:
     Pipelines of flow matching set sigmas and shifts of their own: one forward tells.
     """
     if hasattr(pipe.scheduler, "scale_noise"):
-        with clock.observed(pipe.scheduler, _Beginning()) as seen, contextlib.suppress(_Begun):
+        with clock.observed(pipe.scheduler, _Beginning()) as seen, contextlib.suppress(clock.Enough):
             draw(pipe, setup, [0])
         return seen.timesteps
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)

@@ -199,7 +199,7 @@ def run_row(
         cache = None if row.recipe is None else enable(pipe, row.recipe)
         try:
             if cache is not None:
-                with contextlib.suppress(_Enough):  # the first forward after `enable` also counts FLOPs
+                with contextlib.suppress(clock.Enough):  # the first forward after `enable` also counts FLOPs
                     draw(_enough)
             begin = time.perf_counter()
             pictures = draw((lambda latents: seen.append(latents.cpu())) if every_step else seen.append)
@@ -224,12 +224,9 @@ def own_guidance(pipe: Any) -> float:
     return inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default if guided(pipe) else 1.0
 
 
-class _Enough(Exception):
-    """Ends a run after its first step."""
-
-
 def _enough(latents: Tensor) -> None:
-    raise _Enough
+    """After the first step."""
+    raise clock.Enough
 
 
 @dataclass

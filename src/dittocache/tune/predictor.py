@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import clock
-from ..cache import enable
+from ..cache import enable, transformers_of
 from ..calibrate.setup import Setup, check_uncached, draw
 from ..fill import Hold, Linear
 from ..parts import check_int
@@ -26,6 +26,7 @@ from ..when import ReuseSteps
 from .errors import weights
 from .path import shortest
 from .refine import Progress, Replay, equations, go_on, predicted
+from .search import computed_steps
 from .segments import carried, products, strays
 from .trajectory import Trajectories, fed_latents, record, scaled, solution, stepped
 
@@ -67,7 +68,7 @@ class _Fitter(clock.Silent):
         here, there = self.runs.latents[k].to(sample.device), self.runs.latents[k + 1].to(sample.device)
         self.strays.append(float((sample - here)[self.fitted :].square().mean()))
         if self.strays[k] > self.most[k]:
-            raise _GivenUp
+            raise clock.Enough  # given up
         if k in self.computed:
             self.history = [prediction, *self.history[: self.outputs - 1]]
         after = stepped(scheduler, self.history[0], timestep, sample)
@@ -86,15 +87,11 @@ class _Fitter(clock.Silent):
 def check_plannable(pipe: Any) -> None:
     """Raises a ValueError unless predictors can stand in for the one network of this pipeline without a cache."""
     check_uncached(pipe)
-    if None not in (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)):
+    if len(transformers_of(pipe)) > 1:
         raise ValueError(
             f"{type(pipe).__name__} has two transformers that take turns: what one returned does not predict the "
             "other, so that plans are not made for it; published methods work (dittocache methods)"
         )
-
-
-class _GivenUp(Exception):
-    """Ends a run that strays too far."""
 
 
 def least_squares(outputs: Sequence[Tensor], wanted: Tensor) -> list[float]:
@@ -185,7 +182,7 @@ class Predictors:
         try:
             with enable(self.pipe, recipe), clock.observed(self.pipe.scheduler, fitter):
                 pictures = torch.as_tensor(draw(self.pipe, self.setup, self.samples))
-        except _GivenUp:
+        except clock.Enough:
             return None, np.inf
         error = self._error(pictures[self.fitted :])
         if 0 < error < most:
@@ -197,7 +194,7 @@ class Predictors:
 
         See `refine.equations`, which calls `progress` and may be ended by it.
         """
-        computed = [k for k in range(self.steps) if k not in recipe.when.steps]  # type: ignore[attr-defined]
+        computed = computed_steps(recipe, self.steps)
         fitted, trial = self.samples[: self.fitted], self.samples[self.fitted :]
         table = recipe.fill.table  # type: ignore[attr-defined]
         found = equations(self.pipe, self.setup, fitted, self.runs, computed, table, self.inputs, progress)

@@ -80,20 +80,16 @@ class Replay(clock.Silent):
         if self.step == len(self.table):
             self.latents.append(stepped(scheduler, made, timestep, sample))
             if self.brief:
-                raise _Ended
+                raise clock.Enough  # no pictures are made
         return made
 
     def run(self, pipe: Any, setup: Setup, samples: Sequence[int]) -> Tensor | None:
         """Draws the samples, and returns their pictures."""
         filled = (k for k in range(1, setup.num_steps) if k not in self.computed or k in self.known)
         recipe = Recipe(where="model", when=ReuseSteps(tuple(filled)), fill=Hold())
-        with enable(pipe, recipe), clock.observed(pipe.scheduler, self), contextlib.suppress(_Ended):
+        with enable(pipe, recipe), clock.observed(pipe.scheduler, self), contextlib.suppress(clock.Enough):
             return torch.as_tensor(draw(pipe, setup, samples))
         return None
-
-
-class _Ended(Exception):
-    """Ends a run after its last step, before pictures are made of its latents."""
 
 
 # ---- normal equations -----------------------------------------------------------------------------------------------

@@ -34,6 +34,11 @@ class Planner(Protocol):
         """The recipe, and the squared error of its pictures; None and inf if that will be far more than `most`."""
 
 
+def computed_steps(recipe: Recipe, steps: int) -> list[int]:
+    """Those of T steps that a list of reused ones leaves."""
+    return [k for k in range(steps) if k not in recipe.when.steps]  # type: ignore[attr-defined]
+
+
 def search(
     planner: Planner, budget: int, tries: int = 40, seed: int = 0, tried: Tried | None = None
 ) -> tuple[Recipe, float]:

@@ -213,13 +213,9 @@ def finest(scheduler: Any, steps: int) -> int:
     return next((n for n in range(10 * steps, trained) if trained % n == 0), trained)
 
 
-class _Ended(Exception):
-    """Ends a run at its first step."""
-
-
 @dataclass
 class _First(clock.Silent):
-    """Sees the first step."""
+    """Sees the first step, and ends the run."""
 
     latents: Tensor | None = None  # as the network is fed with them
     prediction: Tensor | None = None
@@ -227,14 +223,14 @@ class _First(clock.Silent):
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         # some pipelines step both halves of guidance
         self.latents, self.prediction = scaled(scheduler, sample[:1], timestep), prediction[:1]
-        raise _Ended
+        raise clock.Enough
 
 
 def fed_latents(pipe: Any, setup: Setup, sample: int) -> bool:
     """Whether predictors can use the network's input: it begins with the latents, and what is added to the network's
     outputs comes out of guidance as it is (some pipelines turn the sign, or rescale)."""
     watched = clock.observed(pipe.scheduler, _First())
-    with captured(denoiser(pipe)) as calls, watched as seen, contextlib.suppress(_Ended):
+    with captured(denoiser(pipe)) as calls, watched as seen, contextlib.suppress(clock.Enough):
         draw(pipe, setup, [sample])
     outputs = [call.output if isinstance(call.output, Tensor) else call.output[0] for call in calls]
     inputs = noisy_sample(calls[0].args, calls[0].kwargs)

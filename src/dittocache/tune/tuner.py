@@ -28,7 +28,7 @@ from .goal import Goal
 from .journal import Journal
 from .judge import OWN, SMALLEST, SOLUTION, Judge
 from .predictor import Predictors, check_plannable
-from .search import Planner, search
+from .search import Planner, computed_steps, search
 from .trajectory import check_divides, finest
 from .tuned import Tuned
 
@@ -376,7 +376,7 @@ class _Tuner:
         if not self._late():  # a search that was cut short goes on when there is more time
             self.journal(key, lambda: found)
         recipe = Recipe.from_dict(found["recipe"])
-        costs = planner.costs([k for k in range(steps) if k not in recipe.when.steps])  # type: ignore[attr-defined]
+        costs = planner.costs(computed_steps(recipe, steps))
         known = {"setup": replace(self.setup, num_steps=steps).to_dict(), "solver": {"costs": costs}}
         recipe = replace(recipe, made_for=self.origins[number], provenance=known)
         label = f"plan {budget}/{steps}" + self._of(scheduler) + (", searched" if tries else "")
