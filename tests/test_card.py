@@ -18,7 +18,7 @@ import dittocache
 from dittocache import Plan, Recipe, origin, recipe, saved
 from dittocache.calibrate import Setup
 from dittocache.card import fenced, table, text
-from dittocache.fill import Orders
+from dittocache.fill import Chosen, Hold, Taylor
 from dittocache.when import ReuseSteps, SignalChange, Table
 
 MEASURED = [
@@ -39,7 +39,7 @@ def full():
     pipe.scheduler.set_timesteps(6)
     return Recipe(
         ReuseSteps((1, 3, 4)),
-        fill=Orders((0, 0, 0, 1, 1, 0)),
+        fill=Chosen((Hold(), Taylor(1)), (0, 0, 0, 1, 1, 0)),
         provenance={"model": "glyphs", "setup": setup.to_dict(), "measured": MEASURED},
         made_for=origin.made_for(pipe.transformer, pipe.scheduler, pipe.scheduler.timesteps.tolist()),
     )

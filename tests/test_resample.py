@@ -13,7 +13,8 @@ import torch
 
 import dittocache
 from dittocache import Plan, Recipe, card, noise, origin, recipe
-from dittocache.fill import GradientQueue, Linear, Orders, Taylor
+from dittocache.fill import Chosen, GradientQueue, Linear, Taylor, Trend
+from dittocache.tune.errors import FORECASTS
 from dittocache.tune.resample import assigned, levels, resample, timesteps_of
 from dittocache.when import ReuseSteps, Table
 from dittocache.which import ValueNorm
@@ -23,8 +24,9 @@ COMPUTED = (0, 7, 12, 18, 20, 23, 26, 29, 32, 36, 41, 45, 49)
 
 
 def stepwise(computed=COMPUTED, steps=50, **kwargs):
-    orders = tuple(9 if k in computed else int(k > 20) for k in range(steps))  # 9 is never read
-    return Recipe(ReuseSteps(tuple(k for k in range(steps) if k not in computed)), fill=Orders(orders), **kwargs)
+    chosen = tuple(2 if k in computed else int(k > 20) for k in range(steps))  # 2 is never read
+    filled = tuple(k for k in range(steps) if k not in computed)
+    return Recipe(ReuseSteps(filled), fill=Chosen(FORECASTS, chosen), **kwargs)
 
 
 def carried(made, scheduler=DDIM, steps=None, **kwargs):
@@ -117,14 +119,14 @@ def test_the_number_of_computed_steps():
     assert computed_of(carried(stepwise((0,)), steps=100)) == [0]
 
 
-def test_orders_come_from_the_nearest_filled_step():
+def test_fills_come_from_the_nearest_filled_step():
     made = carried(stepwise(), steps=100)
     old, new = (levels(DDIM, timesteps_of(DDIM, n)) for n in (50, 100))
     filled = [k for k in range(50) if k not in COMPUTED]
     for k in made.when.steps:
         nearest = min(filled, key=lambda j, k=k: abs(old[j] - new[k]))
-        assert made.fill.orders[k] == (nearest > 20)
-    assert set(made.fill.orders) == {0, 1}
+        assert made.fill.chosen[k] == (nearest > 20)
+    assert set(made.fill.chosen) == {0, 1}
 
 
 def test_fitted_factors_are_interpolated_between_the_same_outputs():
@@ -310,11 +312,22 @@ def bad_provenance(costs):
             "reuse_steps in a run of 2 steps",
         ),
         (
-            Recipe(ReuseSteps((1,)), fill=Orders((0, 1)), made_for={"timesteps": [9.0, 5.0, 1.0]}),
+            Recipe(ReuseSteps((1,)), fill=Chosen(FORECASTS, (0, 1)), made_for={"timesteps": [9.0, 5.0, 1.0]}),
             DDIM,
             30,
             "count",
-            "Orders belongs to the 3 steps",
+            "Chosen belongs to the 3 steps",
+        ),
+        (
+            Recipe(
+                ReuseSteps((1,)),
+                fill=Chosen((Taylor(1), Trend({"blocks.0.attn@1": torch.ones(4, 8)})), (0, 1)),
+                made_for={"timesteps": [9.0, 1.0]},
+            ),
+            DDIM,
+            30,
+            "count",
+            "Trend belongs to the 2 steps",
         ),
         (
             Recipe(Table(Plan(np.eye(3), tuple("abc"))), made_for={"timesteps": [9.0, 1.0]}),

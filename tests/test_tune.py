@@ -12,12 +12,13 @@ import torch
 
 import dittocache
 from dittocache import Recipe
-from dittocache.calibrate import Setup
+from dittocache.calibrate import Setup, calibrate
 from dittocache.calibrate.trial import Trial
 from dittocache.clock import observed
-from dittocache.fill import Entry, Linear, Orders
+from dittocache.fill import At, Chosen, Entry, Fill, GradientQueue, Hold, Linear, Taylor, Trend
+from dittocache.plan import Site
 from dittocache.tune import Forecasts, StepErrors, candidates, cheapest, loss, measure, planned, search, solve
-from dittocache.tune.errors import Filling, _Observer, _replay, _table, draw, fillings_of, guided, mixing
+from dittocache.tune.errors import FORECASTS, Filling, _Observer, _replay, _table, draw, fillings_of, guided, mixing
 from dittocache.when import ReuseSteps
 
 STEPS = 6
@@ -36,6 +37,11 @@ def errors(pipe) -> StepErrors:
     return measure(pipe, SETUP, [0, 1, 2], batch=2, lags=3, gaps=(1, 2))
 
 
+def filling(recipe: Recipe, k: int) -> Fill:
+    """What step k is filled with."""
+    return recipe.fill.fills[recipe.fill.chosen[k]]
+
+
 def prediction_error(pipe, recipe: Recipe, k: int) -> float:
     """Mean over three samples of the squared error of the prediction at step k, with a recipe on."""
 
@@ -52,12 +58,12 @@ def prediction_error(pipe, recipe: Recipe, k: int) -> float:
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_the_order_with_the_least_error_is_chosen(pipe, errors, k):
     """Of runs that fill this step alone; order 2 needs three computed steps."""
-    recipes = [Recipe(ReuseSteps((k,)), fill=Orders((order,) * STEPS)) for order in range(min(k, 3))]
+    recipes = [Recipe(ReuseSteps((k,)), fill=Taylor(order)) for order in range(min(k, 3))]
     found = [prediction_error(pipe, recipe, k) for recipe in recipes]
     first, second, *_ = sorted(found)
     assert first < 0.999 * second
     assert errors.costs[k, k - 1, k - 2] == pytest.approx(errors.weights[k] * first, rel=1e-4)
-    assert errors.orders[k, k - 1, k - 2] == found.index(first)
+    assert errors.chosen[k, k - 1, k - 2] == found.index(first)
 
 
 REPLAYED = [  # with the factors of the outputs before step k, newest first
@@ -84,11 +90,11 @@ def test_an_error_is_that_of_a_run_that_fills_this_step(pipe, filling, factors):
 def test_a_plan_does_what_was_measured(pipe, errors):
     """Its last step is filled from steps 4, 2 and 0, with the order that was chosen."""
     (measured,) = _replay(pipe, SETUP, [0, 1, 2], [Filling(5, 4, 2, 2)])
-    orders = np.where(np.arange(STEPS)[:, None, None] == 5, 2, errors.orders)
-    recipe = planned(replace(errors, orders=orders), (0, 2, 4))
-    assert recipe.fill.orders[5] == 2 and recipe.fill.factors([4, 2, 0], 5) == [1.625, -0.75, 0.125]
+    chosen = np.where(np.arange(STEPS)[:, None, None] == 5, 2, errors.chosen)
+    recipe = planned(replace(errors, chosen=chosen), (0, 2, 4))
+    assert filling(recipe, 5) == Taylor(2) and Taylor(2).factors([4, 2, 0], 5) == [1.625, -0.75, 0.125]
     alone = replace(recipe, when=ReuseSteps((5,)))
-    assert alone.fill.factors([4, 3, 2], 5) == [2.5, -2, 0.5], "what a run has computed counts"
+    assert Taylor(2).factors([4, 3, 2], 5) == [2.5, -2, 0.5], "what a run has computed counts"
     (near,) = _replay(pipe, SETUP, [0, 1, 2], [Filling(5, 4, 3, 2)])
     assert near != pytest.approx(measured, rel=1e-2)
     assert prediction_error(pipe, alone, 5) == pytest.approx(near / 3, rel=1e-4)
@@ -96,15 +102,16 @@ def test_a_plan_does_what_was_measured(pipe, errors):
 
 def test_a_forecast_of_order_2_has_three_outputs():
     found = fillings_of(8, 3, (1, 2))
-    assert all(len(set(one.history)) == one.order + 1 for one in found)
-    assert {(one.a, one.p) for one in found if one.order == 2} == {(one.a, one.p) for one in found if one.p}
-    assert Filling(7, 6, 4, 2).history == [6, 4, 2] and Filling(7, 6, 1, 2).history == [6, 1, 0]
+    assert all(len(set(one.history(one.fill + 1))) == one.fill + 1 for one in found)
+    assert {(one.a, one.p) for one in found if one.fill == 2} == {(one.a, one.p) for one in found if one.p}
+    assert Filling(7, 6, 4, 2).history(3) == [6, 4, 2] and Filling(7, 6, 1, 2).history(3) == [6, 1, 0]
+    assert Filling(7, 6, 4, 3).history(4) == [6, 4, 2, 0] and Filling(7, 6, 2, 3).history(4) == [6, 2, 1, 0]
 
 
 def test_what_was_not_measured(errors):
     assert errors.weights[0] == 0 and (errors.weights[1:] > 0).all()
     assert np.isinf(errors.costs[5, 1]).all(), "longer than the longest stretch"
-    assert errors.costs[1, 0, STEPS] > 0 and errors.orders[1, 0, STEPS] == 0, "nothing to forecast from yet"
+    assert errors.costs[1, 0, STEPS] > 0 and errors.chosen[1, 0, STEPS] == 0, "nothing to forecast from yet"
 
 
 def test_a_gap_that_was_not_measured_counts_as_the_nearest():
@@ -113,17 +120,17 @@ def test_a_gap_that_was_not_measured_counts_as_the_nearest():
     costs = np.array([1.0 if p is None else 0.5 / (a - p) / order for _, a, p, order in fillings])
     found = _table(8, fillings, costs, np.ones(8), (1, 3))
     assert found.costs[6, 5, :5].tolist() == [0.5 / 3, 0.25 / 3, 0.25 / 3, 0.25 / 3, 0.25]
-    assert found.costs[6, 5, 8] == 1 and found.orders[6, 5].tolist() == [1, 2, 2, 2, 2, 0, 0, 0, 0]
+    assert found.costs[6, 5, 8] == 1 and found.chosen[6, 5].tolist() == [1, 2, 2, 2, 2, 0, 0, 0, 0]
     assert found.costs[4, 3, :3].tolist() == [0.5 / 3, 0.5 / 3, 0.25], "a gap of 3 has no third output there"
-    assert found.orders[3, 2].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0]
+    assert found.chosen[3, 2].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_gaps_that_nothing_has():
     """A gap of 3 has none before step 3, and a third output from step 4 on."""
     fillings = fillings_of(6, 2, (3,))
     found = _table(6, fillings, 1.0 / (1 + np.array([order for *_, order in fillings])), np.ones(6), (3,))
-    assert found.orders[3, 2].tolist() == [0] * 7 and found.orders[4, 3].tolist() == [1, 1, 1, 0, 0, 0, 0]
-    assert found.orders[5, 4].tolist() == [1, 2, 2, 2, 0, 0, 0]
+    assert found.chosen[3, 2].tolist() == [0] * 7 and found.chosen[4, 3].tolist() == [1, 1, 1, 0, 0, 0, 0]
+    assert found.chosen[5, 4].tolist() == [1, 2, 2, 2, 0, 0, 0]
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -164,7 +171,7 @@ def test_a_solved_plan_fills_with_the_orders_that_were_measured(pipe, errors):
     assert len(computed) <= 4 and computed[0] == 0
     for k in recipe.when.steps:
         a, p = ([STEPS, *(c for c in computed if c < k)])[-1:-3:-1]
-        assert recipe.fill.orders[k] == errors.orders[k, a, p]
+        assert filling(recipe, k) == FORECASTS[errors.chosen[k, a, p]]
     every = [(0, *rest) for rest in ((1, 2, 3), (1, 2, 4), (1, 3, 5), (2, 3, 5), (1, 2, 5), (2, 4, 5), (1, 3, 4))]
     sums = cheapest(errors.costs).steps(4)
     assert loss(errors, sums) <= min(loss(errors, steps) for steps in every) * (1 + 1e-9)
@@ -190,7 +197,96 @@ def test_the_search_only_gets_better_and_stops(pipe, errors):
     assert all(b <= a for (_, a), (_, b) in itertools.pairwise(seen))
 
 
+# ---- EOC ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trends(pipe):
+    """Those of every step, of other samples."""
+    made = calibrate(pipe, "eoc", [7, 8, 9], SETUP, reuse_steps=list(range(1, STEPS)), precision="float32")
+    return made.fill.trend
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["scaled", "added"])
+def trend(request, trends) -> Trend:
+    return Trend(trends, theta=1.0, additive=request.param)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_the_error_of_eoc_is_that_of_its_recipe(pipe, trend, k):
+    (measured,) = _replay(pipe, SETUP, [0, 1, 2], [Filling(k, k - 1, None, 0)], (trend,))
+    found = prediction_error(pipe, Recipe(ReuseSteps((k,)), fill=trend), k)
+    assert measured / 3 == pytest.approx(found, rel=1e-4)
+    assert measured / 3 != pytest.approx(prediction_error(pipe, Recipe(ReuseSteps((k,))), k), rel=1e-2)
+
+
+def test_after_several_steps_all_trends_since_are_in_it(pipe, trend):
+    site = Site("transformer_blocks.1.ff", "feed-forward", "transformer_blocks", 1, 2, 3)
+    kept = torch.randn(2, *trend.trend[f"{site.name}@1"].shape, generator=torch.Generator().manual_seed(0))
+    wanted = kept
+    for k in (3, 4, 5):
+        change = trend.trend[f"{site.name}@{k}"]
+        wanted = wanted + change if trend.additive else wanted * (1 + change)
+    (found,) = trend.fill(Entry([(kept,)], [2]), At(5, STEPS, site))
+    assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(found, kept, atol=1e-3)
+    entry = Entry([(kept,)], [2])
+    for k in (3, 4, 5):
+        (each,) = trend.fill(entry, At(k, STEPS, site))
+    assert torch.equal(each, found), "as it is written back step by step"
+
+
+def test_a_plan_of_eoc_alone_is_eoc(pipe, trend):
+    """What is written back depends on the last computed step alone, so that a path over pairs is exact."""
+    steps = (1, 3, 4, 5)
+    chosen = Recipe(ReuseSteps(steps), fill=Chosen((Taylor(1), trend), (0,) + (1,) * (STEPS - 1)))
+    pictures = []
+    for recipe in (Recipe(ReuseSteps(steps), fill=trend), chosen):
+        with dittocache.enable(pipe, recipe):
+            pictures.append(draw(pipe, SETUP, [0, 1]))
+    assert torch.equal(*pictures)
+
+
+def test_eoc_is_chosen_where_it_was_measured_to_be_best(pipe, trends, tmp_path):
+    fills = (Hold(), Trend(trends, 1.0), Trend(trends, 1.0, additive=True), Taylor(1))
+    errors = measure(pipe, SETUP, [0, 1, 2], lags=3, gaps=(1, 2), fills=fills)
+    each = [measure(pipe, SETUP, [0, 1, 2], lags=3, gaps=(1, 2), fills=[fill]).costs for fill in fills]
+    assert np.allclose(errors.costs, np.min(each, 0))
+    read = np.isfinite(errors.costs)
+    assert (np.argmin(each, 0) == errors.chosen)[read].all() and 2 in errors.chosen[read]
+    chosen = np.where(np.arange(STEPS)[:, None, None] >= 4, 2, 3 * np.ones_like(errors.chosen))
+    recipe = planned(replace(errors, chosen=chosen), (0, 1, 3))
+    assert [type(fill) for fill in recipe.fill.fills] == [Trend, Taylor] and recipe.fill.chosen[2:] == (1, 0, 0, 0)
+    assert {name.rpartition("@")[2] for name in recipe.fill.fills[0].trend} == {"4", "5"}, "not more than it needs"
+    recipe.save_pretrained(tmp_path)
+    assert Recipe.from_pretrained(tmp_path) == recipe == Recipe.from_dict(recipe.to_dict())
+    assert len((tmp_path / "recipe.json").read_text()) < 5000, "its tensors are in the other file"
+    pictures = []
+    for made in (recipe, Recipe.from_pretrained(tmp_path)):
+        with dittocache.enable(pipe, made):
+            pictures.append(draw(pipe, SETUP, [0]))
+    assert torch.equal(*pictures)
+
+
 # ---- parts ----------------------------------------------------------------------------------------------------------
+def test_chosen():
+    fill = Chosen((Hold(), Taylor(1), Taylor(2)), (0, 0, 1, 0, 2))
+    assert fill.depth == 3 and fill.rowwise is False and Chosen((Taylor(1),)).rowwise
+    site, entry = Site("a", "attention", "blocks", 0, 1, 0), Entry()
+    assert not fill.ready(entry)
+    for k, value in enumerate((1.0, 3.0, 4.0, 8.0)):
+        fill.keep(entry, (torch.tensor([value]),), At(k, 5, site))
+    assert entry.steps == [3, 2, 1] and [value[0].item() for value in entry.values] == [8, 4, 3]
+    assert fill.fill(entry, At(4, 5, site))[0].item() == pytest.approx(2.5 * 8 - 2 * 4 + 0.5 * 3), "TaylorSeer's series"
+    assert Chosen(fill.fills, (0,) * 5).fill(entry, At(4, 5, site))[0].item() == 8
+    with pytest.raises(ValueError, match="fills are chosen for 5 steps, but this run has step 5"):
+        fill.fill(entry, At(5, 6, site))
+    with pytest.raises(ValueError, match="every entry of chosen must be a whole number, from 0 to 2; got 3"):
+        Chosen(fill.fills, (0, 3))
+    with pytest.raises(ValueError, match=r"a fill of computed outputs alone is needed .*; got GradientQueue"):
+        Chosen((GradientQueue(),))
+    with pytest.raises(ValueError, match="fills are a list of one or more; got 'hold'"):
+        Chosen("hold")
+    assert Recipe.from_dict(Recipe(ReuseSteps((2,)), fill=fill).to_dict()).fill == fill
+
+
 def test_mixing_finds_how_guidance_was_done():
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.randn(4, 6, 5, generator=generator), torch.randn(2, 6, 5, generator=generator)]
@@ -205,24 +301,15 @@ def test_mixing_finds_how_guidance_was_done():
         mixing(outputs, torch.ones(4, 3, 5))
 
 
-def test_orders():
-    fill = Orders((0, 0, 1, 0, 2))
-    assert fill.depth == 3
-    assert fill.factors([1, 0], 2) == [2, -1] and fill.factors([1, 0], 3) == [1, 0]
-    assert fill.factors([3, 2, 1], 4) == [2.5, -2, 0.5], "as TaylorSeer's series"
-    with pytest.raises(ValueError, match="orders are for 5 steps, but this run has step 5"):
-        fill.factors([1], 5)
-    with pytest.raises(ValueError, match="every entry of orders must be a whole number, 0 or more; got -1"):
-        Orders((-1,))
-    assert Recipe.from_dict(Recipe(ReuseSteps((2,)), fill=fill).to_dict()).fill == fill
-    assert not Orders((1,)).ready(Entry())
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"samples": []}, "samples are one or more numbers; got none"),
         ({"samples": [0], "lags": 0}, "lags must be a whole number, 1 or more; got 0"),
+        ({"samples": [0], "fills": ()}, r"fills are a list of one or more; got \(\)"),
+        ({"samples": [0], "fills": ["hold"]}, r"a fill of computed outputs alone is needed .*; got 'hold'"),
+        ({"samples": [0], "fills": [Linear()]}, r"a fill of computed outputs alone is needed .*; got Linear"),
+        ({"samples": [0], "fills": [Trend({"nobody@1": torch.ones(2, 2)})]}, "nobody"),
     ],
 )
 def test_what_cannot_be_measured(pipe, arguments, message):

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCardData
 from PIL import Image
 
 from . import bundled
-from .fill import Orders
+from .fill import Chosen
 from .parts import show
 from .plan import COMPUTE, Plan, Site
 from .saved import CARD, FILE, GRID, MARK, PLAN
@@ -163,10 +163,10 @@ def _plan(recipe: Recipe, drawn: bool) -> str:
         computed = recipe.when.table(steps, [Site("all", recipe.where, "", 0, 1, 0)])[:, 0] == COMPUTE
     except ValueError:  # it does not fit the run that the recipe says it was made for: runs tell, saving does not
         return ""
-    orders = recipe.fill.orders if isinstance(recipe.fill, Orders) else ()
-    filled = [str(orders[k]) if k < len(orders) else "." for k in range(steps)]
+    fills, chosen = (recipe.fill.fills, recipe.fill.chosen) if isinstance(recipe.fill, Chosen) else ((), ())
+    filled = [str(chosen[k]) if k < len(chosen) and len(fills) <= 10 else "." for k in range(steps)]
     strip = "".join("#" if on else mark for on, mark in zip(computed, filled, strict=True))
-    legend = "a number: filled by a forecast of that order, 0 holds the last output" if orders else "`.`: filled"
+    legend = "; ".join(f"`{n}`: filled by {text(show(fill))}" for n, fill in enumerate(fills)) or "`.`: filled"
     count = f"{int(computed.sum())} of {steps} steps are computed (`#`: computed, {legend})"
     return f"## Plan\n\n{count}:\n\n{fenced(strip)}"
 

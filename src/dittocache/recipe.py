@@ -16,7 +16,7 @@ import torch
 
 from . import __version__, origin, saved
 from . import card as cards
-from .fill import Fill, Hold, Linear, Orders
+from .fill import Chosen, Fill, Hold, Linear
 from .fix import Fix
 from .parameters import Parameter, parameter
 from .parts import Part, answers, check_bool, check_choice, jsonable, plain, show
@@ -113,7 +113,7 @@ class Recipe:
         found = [
             len(self.made_for.get("timesteps", ())),
             len(self.when.plan.steps) if isinstance(self.when, Table) else None,
-            len(self.fill.orders) if isinstance(self.fill, Orders) else None,
+            len(self.fill.chosen) if isinstance(self.fill, Chosen) else None,
             len(self.fill.coefficients) if isinstance(self.fill, Linear) else None,
             self.params.get("num_steps"),
             setup.get("num_steps") if isinstance(setup, Mapping) else None,

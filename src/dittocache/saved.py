@@ -113,6 +113,8 @@ def _set_aside(value: Any, path: str, arrays: dict[str, torch.Tensor]) -> Any:
         value = value.to_dict()
     if isinstance(value, dict):
         return {k: _set_aside(v, f"{path}.{k}" if path else k, arrays) for k, v in value.items()}
+    if isinstance(value, (tuple, list)) and value and all(isinstance(one, Part) for one in value):
+        return [_set_aside(one.fields(), f"{path}.{n}", arrays) for n, one in enumerate(value)]
     value = jsonable(value)
     if isinstance(value, list) and value and all(isinstance(row, list) and row for row in value):
         arrays[path] = torch.tensor(value, dtype=torch.float64)
@@ -134,4 +136,6 @@ def _put_back(value: Any, arrays: Mapping[str, torch.Tensor]) -> Any:
                 raise ValueError(f"damaged recipe: array {show(value['array'])} is missing from {ARRAYS}")
             return arrays[value["array"]].tolist()
         return {k: _put_back(v, arrays) for k, v in value.items()}
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        return [_put_back(one, arrays) for one in value]
     return value

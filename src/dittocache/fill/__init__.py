@@ -2,16 +2,18 @@
 
 from .aligned import Aligned
 from .base import At, Entry, Features, Fill
+from .chosen import Chosen
 from .gradient import GradientQueue
 from .hold import Hold
 from .increment import LowRankIncrement
 from .linear import Linear
-from .taylor import Forecast, Orders, Taylor
+from .taylor import Forecast, Taylor
 from .trend import Trend
 
 __all__ = [
     "Aligned",
     "At",
+    "Chosen",
     "Entry",
     "Features",
     "Fill",
@@ -20,7 +22,6 @@ __all__ = [
     "Hold",
     "Linear",
     "LowRankIncrement",
-    "Orders",
     "Taylor",
     "Trend",
 ]

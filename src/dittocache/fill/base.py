@@ -80,6 +80,7 @@ class Fill(Part):
     """Keeps computed outputs and makes up the missing ones from them."""
 
     name: ClassVar[str] = ""  # as a plan names the fill of a step
+    depth: ClassVar[int] = 0  # computed outputs that it goes on from, where these and their steps are all it needs
     keeps_inputs: ClassVar[bool] = False  # wants the module's input, at computed steps and at reused ones
     mixes: ClassVar[bool] = False  # also changes what a computed module hands on
     rowwise: ClassVar[bool] = False  # wants to know the steps of every row, where rows are computed at their own steps
@@ -123,3 +124,10 @@ class Fill(Part):
         else:
             held.scatter_(1, index, rows)
         return entry.values[0][0]
+
+
+def pushed(entry: Entry, value: Features, step: int, depth: int) -> None:
+    """Keeps a computed output beside older ones, so many at most; a second output of a step replaces it."""
+    older = slice(1 if entry.steps[:1] == [step] else 0, None)
+    entry.values = [value, *entry.values[older]][:depth]
+    entry.steps = [step, *entry.steps[older]][:depth]

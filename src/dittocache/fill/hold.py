@@ -12,6 +12,7 @@ class Hold(Fill):
     """The output of the last computed step, unchanged. What most of the papers do."""
 
     name = "hold"
+    depth = 1
 
     def keep(self, entry: Entry, value: Features, at: At) -> None:
         entry.values, entry.steps = [value], [at.step]

@@ -55,7 +55,7 @@ class Linear(Forecast):
         return bool(self.inputs)
 
     @property
-    def depth(self) -> int:
+    def depth(self) -> int:  # type: ignore[override]
         return len(self.coefficients[0])
 
     def factors(self, steps: Sequence[int], at_step: int) -> list[float]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parts import check_int, check_ints
-from .base import At, Entry, Features, Fill
+from ..parts import check_int
+from .base import At, Entry, Features, Fill, pushed
 
 
 def coefficients(steps: Sequence[int], at_step: int, order: int) -> list[float]:
@@ -51,16 +51,11 @@ def coefficients(steps: Sequence[int], at_step: int, order: int) -> list[float]:
 class Forecast(Fill):
     """A fill that is linear in the last outputs, with factors that follow from their steps alone.
 
-    Subclasses say how many outputs are kept, and what the factors are. Samples that were computed at other steps than
-    their neighbours have factors of their own.
+    Subclasses say of how many outputs (`depth`), and what the factors are. Samples that were computed at other steps
+    than their neighbours have factors of their own.
     """
 
     rowwise = True
-
-    @property
-    def depth(self) -> int:
-        """How many outputs are kept."""
-        raise NotImplementedError
 
     def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
         """One factor per output.
@@ -72,9 +67,7 @@ class Forecast(Fill):
         raise NotImplementedError
 
     def keep(self, entry: Entry, value: Features, at: At) -> None:
-        older = slice(1 if entry.steps[:1] == [at.step] else 0, None)  # a second output of a step replaces it
-        entry.values = [value, *entry.values[older]][: self.depth]
-        entry.steps = [at.step, *entry.steps[older]][: self.depth]
+        pushed(entry, value, at.step, self.depth)
 
     def fill(self, entry: Entry, at: At) -> Features:
         return self._made(entry, at, ())
@@ -145,39 +138,9 @@ class Taylor(Forecast):
         check_int("start", self.start, 0)
 
     @property
-    def depth(self) -> int:
+    def depth(self) -> int:  # type: ignore[override]
         return self.order + 1
 
     def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
         used = [step for n, step in enumerate(steps) if all(newer > self.start for newer in steps[:n])]
         return coefficients(used, at_step, self.order) + [0.0] * (len(steps) - len(used))
-
-
-@dataclass(frozen=True)
-class Orders(Forecast):
-    """A forecast whose order was chosen for every step: 0 holds the last output.
-
-    Args:
-        orders: one for every step of the run; those of computed steps are not read.
-    """
-
-    orders: tuple[int, ...] = (0,)
-
-    name = "orders"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ints("orders", self.orders, 0)
-
-    @property
-    def depth(self) -> int:
-        return max(self.orders) + 1
-
-    def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
-        """Raises a ValueError for a step beyond the orders."""
-        if at_step >= len(self.orders):
-            raise ValueError(
-                f"orders are for {len(self.orders)} steps, but this run has step {at_step}: "
-                "dittocache.tune.resample makes some for other steps"
-            )
-        return coefficients(steps, at_step, self.orders[at_step])

@@ -1,12 +1,14 @@
-"""Trend: the kept output, scaled element by element with a calibrated trend."""
+"""Trend: the kept output, changed element by element by a calibrated trend."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from ..parts import check_bool, check_number, show
 from ..tensors import Tensors
@@ -15,26 +17,30 @@ from .base import At, Entry, Features, Fill
 
 @dataclass(frozen=True)
 class Trend(Fill):
-    """out = c (1 + theta E[site, k]), elementwise (EOC, arXiv 2501.19243).
+    """out = c (1 + theta E[site, k]), elementwise (EOC, arXiv 2501.19243); or c + theta E[site, k].
 
     Args:
         trend: "site@step" -> E = A[k] - A[k-1], the difference of the mean features of two adjacent steps,
             [tokens, channels]. A site or step that is missing is held: the judgment table M is what is there.
         theta: strength of the correction.
-        write_back: the corrected output takes the kept one's place, as in the authors' code, so that reused steps in a
-            row compound; False corrects the last computed output every time.
+        write_back: the corrected output takes the kept one's place, as in the authors' code, so that the trends of
+            reused steps in a row add up; False corrects the last computed output every time.
+        additive: c + theta E, which is not EOC: with theta 1 and `write_back`, the mean change since the kept output.
     """
 
     trend: Tensors
     theta: float = 0.01
     write_back: bool = True
+    additive: bool = False
 
     name = "trend"
+    depth = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("theta", self.theta)
         check_bool("write_back", self.write_back)
+        check_bool("additive", self.additive)
         if not isinstance(self.trend, Tensors):
             object.__setattr__(self, "trend", Tensors(self.trend))
         shapes: dict[str, tuple[int, ...]] = {}
@@ -67,13 +73,28 @@ class Trend(Fill):
             )
         entry.values, entry.steps = [value], [at.step]
 
+    def of(self, steps: Iterable[int]) -> Trend:
+        """The same with the trends of these steps alone."""
+        wanted = set(steps)
+        return replace(
+            self, trend=Tensors({n: t for n, t in self.trend.items() if int(n.rpartition("@")[2]) in wanted})
+        )
+
     def fill(self, entry: Entry, at: At) -> Features:
-        name = f"{at.site.name}@{at.step}"
-        if name not in self.trend or (self.write_back and entry.steps[0] == at.step):
-            return entry.values[0]
         first, *others = entry.values[0]
-        # c + theta c E in one rounding: 1 + theta E would be 1 in half precision
-        filled = (torch.addcmul(first, first, self.trend.like(name, first), value=self.theta), *others)
+        start = entry.steps[0] + 1 if self.write_back else at.step
+        for name in (f"{at.site.name}@{k}" for k in range(start, at.step + 1)):
+            if name in self.trend:
+                first = self._moved(first, self.trend.like(name, first))
+        if first is entry.values[0][0]:
+            return entry.values[0]
+        filled = (first, *others)
         if self.write_back:
             entry.values, entry.steps = [filled], [at.step]
         return filled
+
+    def _moved(self, value: Tensor, trend: Tensor) -> Tensor:
+        """In one rounding: 1 + theta E would be 1 in half precision."""
+        if self.additive:
+            return torch.add(value, trend, alpha=self.theta)
+        return torch.addcmul(value, value, trend, value=self.theta)

@@ -31,6 +31,7 @@ def eoc(
     router_logits: RouterLogits = None,
     threshold: Threshold = 0.1,
     write_back: Annotated[bool, "a corrected output takes the kept one's place, as in the authors' code"] = True,
+    additive: Annotated[bool, "c + theta E, which is not the authors'"] = False,
 ) -> Recipe:
     """What is reused is scaled, element by element, with the calibrated trend of its feature: c (1 + theta E)."""
     if trend is None:
@@ -38,5 +39,5 @@ def eoc(
     return Recipe(
         where="module",
         when=schedule(interval, reuse_steps, router_logits, threshold),
-        fill=Trend(read_tensors(trend), theta, write_back),
+        fill=Trend(read_tensors(trend), theta, write_back, additive),
     )

@@ -1,8 +1,8 @@
 """What it costs to fill whole steps: measured on uncached runs, and weighted by what the sampler makes of it.
 
 Caching does not add up module by module, so all modules of a step are filled together. For every step k, computed
-steps a and p before it and every order of the forecast, the error of the prediction is measured on the uncached
-trajectory; an error of the prediction at step k is carried into the picture by a factor that is measured as well.
+steps a and p before it and every fill, the error of the prediction is measured on the uncached trajectory; an error of
+the prediction at step k is carried into the picture by a factor that is measured as well.
 """
 
 from __future__ import annotations
@@ -19,59 +19,71 @@ from torch import Tensor
 from .. import clock
 from ..cache import enable
 from ..calibrate.setup import Setup, check_uncached, denoiser, draw
-from ..fill import Forecast
-from ..fill.taylor import coefficients
+from ..fill import At, Chosen, Entry, Features, Fill, Taylor
+from ..fill.base import pushed
 from ..hooks import Call, captured
 from ..parts import check_int
 from ..recipe import Recipe
 from ..when import ReuseSteps
 
 LAGS, GAPS = 12, (1, 2, 3, 4, 6, 8, 12)
-ORDERS = (0, 1, 2)  # of the forecasts: outputs held, and TaylorSeer's series of one and two differences
+FORECASTS: tuple[Fill, ...] = (Taylor(0), Taylor(1), Taylor(2))  # held, and TaylorSeer's series
 Progress = Callable[[int, int, str], None]
 
 
 class Filling(NamedTuple):
-    """A step of a replay: k filled from the computed steps a and p (None: a alone) at this order; a = k: computed.
+    """A step of a replay: k filled from the computed steps a and p (None: a alone); a = k: computed.
 
-    The step before p, which order 2 needs, is taken to be as far from p as p from a, but not before the first.
+    Attributes:
+        fill: its number among those that are measured.
     """
 
     k: int
     a: int
-    p: int | None
-    order: int
+    p: int | None = None
+    fill: int = 0
 
-    @property
-    def history(self) -> list[int]:
-        """The computed steps that it goes on from, newest first."""
-        return [self.a] if self.p is None else [self.a, self.p, max(2 * self.p - self.a, 0)][: self.order + 1]
+    def history(self, depth: int) -> list[int]:
+        """The computed steps that it goes on from, newest first.
+
+        Those before p are taken to be as far apart as p from a, but not before the first.
+        """
+        if self.p is None:
+            return [self.a]
+        older = range(depth - 1)
+        return [self.a, *(max(self.p - n * (self.a - self.p), depth - 2 - n) for n in older)]
 
 
 @dataclass(frozen=True)
-class Replayed(Forecast):
+class Replayed(Fill):
     """Fills step after step of a replay: every computed output is kept as long as it may be asked for.
 
     Args:
+        fills: those that are measured.
         sequence: a `Filling` for every step of the replay.
         kept: how many outputs.
     """
 
+    fills: tuple[Fill, ...] = FORECASTS
     sequence: tuple[tuple[int, int, int | None, int], ...] = ()
     kept: int = 1
 
     name = "replayed"
 
-    @property
-    def depth(self) -> int:
-        return self.kept
+    def names(self) -> set[str]:
+        return Chosen(self.fills).names()
 
-    def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
-        filling = Filling(*self.sequence[at_step])
-        original = [self.sequence[step][0] for step in steps]
-        history = filling.history
-        factors = dict(zip(history, coefficients(history, filling.k, filling.order), strict=True))
-        return [factors.get(step, 0.0) for step in original]
+    def keep(self, entry: Entry, value: Features, at: At) -> None:
+        for fill in self.fills:
+            fill.keep(Entry(), value, at)  # refused now if it does not go with the fill's data
+        pushed(entry, value, at.step, self.kept)
+
+    def fill(self, entry: Entry, at: At) -> Features:
+        filling = Filling(*self.sequence[at.step])
+        fill = self.fills[filling.fill]
+        values = {self.sequence[step][0]: value for step, value in zip(entry.steps, entry.values, strict=True)}
+        history = filling.history(fill.depth)
+        return fill.fill(Entry([values[step] for step in history], list(history)), at._replace(step=filling.k))
 
 
 @dataclass
@@ -122,29 +134,34 @@ class StepErrors:
     """Squared errors that filling whole steps makes in the final picture: sums over its values, means over samples.
 
     Attributes:
-        costs: [T, T, T + 1] as `cheapest` takes them, of the best order; inf where nothing was measured.
-        orders: [T, T, T + 1] that order.
+        costs: [T, T, T + 1] as `cheapest` takes them, of the best fill; inf where nothing was measured.
+        chosen: [T, T, T + 1] its number.
         weights: [T] squared error of the picture by squared error of a step's prediction.
+        fills: that were measured.
     """
 
     costs: np.ndarray
-    orders: np.ndarray
+    chosen: np.ndarray
     weights: np.ndarray
+    fills: tuple[Fill, ...] = FORECASTS
 
 
-def fillings_of(steps: int, lags: int = LAGS, gaps: Sequence[int] = GAPS) -> list[Filling]:
+def fillings_of(
+    steps: int, lags: int = LAGS, gaps: Sequence[int] = GAPS, fills: Sequence[Fill] = FORECASTS
+) -> list[Filling]:
     """Everything that is measured of a run, in the order of the steps."""
     found = []
     for k in range(1, steps):
         for a in range(max(0, k - lags), k):
-            found.append(Filling(k, a, None, 0))
-            found += [Filling(k, a, a - gap, order) for gap in gaps for order in ORDERS[1:] if _offered(a - gap, order)]
+            for n, fill in enumerate(fills):
+                before = [None] if fill.depth == 1 else _offered(a, fill.depth, gaps)
+                found += [Filling(k, a, p, n) for p in before]
     return found
 
 
-def _offered(p: int, order: int) -> bool:
-    """Whether there are enough steps up to p for a forecast of that order to differ from lower ones."""
-    return p >= order - 1
+def _offered(a: int, depth: int, gaps: Sequence[int]) -> list[int]:
+    """The steps before a that a fill of two outputs or more is measured with: enough others lie before them."""
+    return [a - gap for gap in gaps if a - gap >= depth - 2]
 
 
 def measure(
@@ -155,9 +172,13 @@ def measure(
     batch: int = 4,
     lags: int = LAGS,
     gaps: Sequence[int] = GAPS,
+    fills: Sequence[Fill] = FORECASTS,
     progress: Progress | None = None,
 ) -> StepErrors:
     """Measures the errors of filling whole steps.
+
+    EOC beside forecasts: `calibrate(pipe, "eoc", 64, setup, reuse_steps=range(1, 50)).fill` has a trend for every step.
+    (Its samples should be others.)
 
     Args:
         pipe: a pipeline without a cache.
@@ -166,37 +187,46 @@ def measure(
         batch: how many at once.
         lags: the longest stretch of filled steps.
         gaps: between the last two computed steps; others count as the nearest of these.
+        fills: of computed outputs alone: `Hold`, `Taylor`, `Trend`, ...
         progress: called as progress(samples done, samples in all, what).
 
     Raises:
-        ValueError: a cache is on, no samples, or the prediction is no sum of what the network returns.
+        ValueError: a cache is on, no samples, fills that need more than computed outputs or have data for other sites,
+            or the prediction is no sum of what the network returns.
     """
     check_uncached(pipe)
     check_int("lags", lags, 1)
     if not samples:
         raise ValueError("samples are one or more numbers; got none")
-    fillings = fillings_of(setup.num_steps, lags, gaps)
+    fills = Chosen(tuple(fills)).fills  # refused if they do not go with each other
+    fillings = fillings_of(setup.num_steps, lags, gaps, fills)
     errors = np.zeros(len(fillings))
     for n in range(0, len(samples), batch):
         part = samples[n : n + batch]
-        errors += np.array(_replay(pipe, setup, part, fillings))
+        errors += np.array(_replay(pipe, setup, part, fillings, fills))
         if progress:
             progress(min(n + batch, len(samples)), len(samples), "filling steps")
     carried = weights(pipe, setup, samples, batch=4 * batch)
-    return _table(setup.num_steps, fillings, errors / len(samples), carried, gaps)
+    return _table(setup.num_steps, fillings, errors / len(samples), carried, gaps, fills)
 
 
-def _replay(pipe: Any, setup: Setup, samples: Sequence[int], fillings: Sequence[Filling]) -> list[float]:
+def _replay(
+    pipe: Any,
+    setup: Setup,
+    samples: Sequence[int],
+    fillings: Sequence[Filling],
+    fills: tuple[Fill, ...] = FORECASTS,
+) -> list[float]:
     """Squared errors of the prediction, summed over values and samples, for every filling."""
     network = denoiser(pipe)
     with captured(network) as calls, clock.observed(pipe.scheduler, _Observer(calls)) as observer:
         draw(pipe, setup, samples)
         steps = observer.steps
     mixed = [mixing([call.output for call in step.calls], step.prediction) for step in steps]
-    sequence = sorted([*fillings, *(Filling(k, k, None, 0) for k in range(len(steps)))], key=lambda one: one.k)
+    sequence = sorted([*fillings, *(Filling(k, k) for k in range(len(steps)))], key=lambda one: one.k)
     filled = tuple(n for n, one in enumerate(sequence) if one.a < one.k)
-    kept = max((one.k - one.history[-1] for one in fillings), default=1)
-    recipe = Recipe(ReuseSteps(filled), fill=Replayed(tuple(sequence), kept), method="none")
+    kept = max((one.k - one.history(fills[one.fill].depth)[-1] for one in fillings), default=1)
+    recipe = Recipe(ReuseSteps(filled), fill=Replayed(fills, tuple(sequence), kept), method="none")
     errors = []
     with torch.no_grad(), enable(network, recipe) as cache, cache.run(len(sequence)):
         for n, (k, a, _, _) in enumerate(sequence):
@@ -283,16 +313,21 @@ def _first(output: Any) -> Tensor:
 
 
 def _table(
-    steps: int, fillings: Sequence[Filling], errors: np.ndarray, carried: np.ndarray, gaps: Sequence[int]
+    steps: int,
+    fillings: Sequence[Filling],
+    errors: np.ndarray,
+    carried: np.ndarray,
+    gaps: Sequence[int],
+    fills: tuple[Fill, ...] = FORECASTS,
 ) -> StepErrors:
-    """The errors as `cheapest` takes them: the best order; gaps that were not measured count as the nearest."""
-    measured = np.full((steps, steps, steps + 1, len(ORDERS)), np.inf)
-    for (k, a, p, order), error in zip(fillings, errors, strict=True):
+    """The errors as `cheapest` takes them: the best fill; gaps that were not measured count as the nearest."""
+    measured = np.full((steps, steps, steps + 1, len(fills)), np.inf)
+    for (k, a, p, n), error in zip(fillings, errors, strict=True):
         before = slice(None) if p is None else p
-        measured[k, a, before, order] = carried[k] * error
-    for a, order in itertools.product(range(steps), ORDERS[1:]):
-        there = [gap for gap in gaps if _offered(a - gap, order)]
-        for p in range(order - 1, a if there else 0):
-            nearest = min(there, key=lambda gap: abs(np.log(gap / (a - p))))
-            measured[:, a, p, order] = measured[:, a, a - nearest, order]
-    return StepErrors(measured.min(3), measured.argmin(3), carried)
+        measured[k, a, before, n] = carried[k] * error
+    for a, (n, fill) in itertools.product(range(steps), enumerate(fills)):
+        there = [] if fill.depth == 1 else _offered(a, fill.depth, gaps)
+        for p in range(fill.depth - 2, a) if there else ():
+            nearest = min(there, key=lambda one, a=a, p=p: abs(np.log((a - one) / (a - p))))
+            measured[:, a, p, n] = measured[:, a, nearest, n]
+    return StepErrors(measured.min(3), measured.argmin(3), carried, fills)

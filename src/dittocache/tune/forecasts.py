@@ -1,14 +1,15 @@
-"""Plans that fill whole steps with forecasts of every module: cheapest paths over measured errors."""
+"""Plans that fill whole steps, module by module, with forecasts and the like: cheapest paths over measured errors."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..calibrate.trial import Trial
-from ..fill import Orders
+from ..fill import Chosen, Trend
 from ..parts import check_int, check_number
 from ..recipe import Recipe
 from ..when import ReuseSteps
@@ -43,12 +44,17 @@ def solve(errors: StepErrors, budget: int, objective: Objective = "coherent", po
 
 
 def planned(errors: StepErrors, computed: Sequence[int]) -> Recipe:
-    """The recipe that computes these steps, each other one filled by the order that was best for it."""
+    """The recipe that computes these steps, each other one filled by what was best for it."""
     filled = _filled(errors, computed)
-    orders = [0] * len(errors.weights)
-    for at in filled:
-        orders[at[0]] = int(errors.orders[at])
-    return Recipe(ReuseSteps(tuple(k for k, _, _ in filled)), fill=Orders(tuple(orders)))
+    best = {k: int(errors.chosen[k, a, p]) for k, a, p in filled}
+    used = sorted(set(best.values())) or [0]
+    fills = [errors.fills[n] for n in used]
+    for i, fill in enumerate(fills):
+        if isinstance(fill, Trend):  # not more of its data than the plan needs
+            since = [range(a + 1, k + 1) for k, a, _ in filled if best[k] == used[i]]
+            fills[i] = fill.of(itertools.chain(*since))
+    chosen = tuple(used.index(best.get(k, used[0])) for k in range(len(errors.weights)))
+    return Recipe(ReuseSteps(tuple(k for k, _, _ in filled)), fill=Chosen(tuple(fills), chosen))
 
 
 def loss(errors: StepErrors, computed: Sequence[int]) -> float:
@@ -88,7 +94,7 @@ def spread(budget: int, steps: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Forecasts:
-    """A `Planner` of forecasts.
+    """A `Planner` of what was measured to fill whole steps with: forecasts, EOC, ...
 
     Args:
         errors: as measured.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import noise
-from ..fill import Aligned, Fill, GradientQueue, Hold, Linear, LowRankIncrement, Orders, Taylor
+from ..fill import Aligned, Chosen, Fill, GradientQueue, Hold, Linear, LowRankIncrement, Taylor
 from ..parts import Part, check_choice, check_int, check_number, show
 from ..plan import COMPUTE, Site
 from ..recipe import Recipe
@@ -241,8 +241,9 @@ def _fill(fill: Fill, when: When, steps: Steps, reused: np.ndarray) -> Fill:
     """The fill for the new schedule; `reused` [T] are the old steps that it filled."""
     if isinstance(fill, FILLS) or (isinstance(fill, GradientQueue) and fill.positions is None):
         return fill
-    if isinstance(fill, Orders) and len(fill.orders) == len(steps.old):
-        return Orders(tuple(fill.orders[k] for k in steps.among(reused))) if reused.any() else Orders()
+    if isinstance(fill, Chosen) and len(fill.chosen) == len(steps.old):
+        fills = tuple(_fill(one, when, steps, reused) for one in fill.fills)
+        return Chosen(fills, tuple(fill.chosen[k] for k in steps.among(reused))) if reused.any() else Chosen()
     if isinstance(fill, Linear) and len(fill.coefficients) == len(steps.old) and isinstance(when, ReuseSteps):
         computed = np.setdiff1d(np.arange(len(steps.new)), when.steps)
         if len(computed) == int((~reused).sum()):
