@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 
 from dittocache import Recipe
-from dittocache.tune import search
+from dittocache.tune import search, surrogate
+from dittocache.tune.surrogate import expected_gains
 from dittocache.when import ReuseSteps
 
 Steps = tuple[int, ...]
@@ -44,8 +46,8 @@ class Known:
 
 
 def scattered(steps: Steps) -> float:
-    """Some number that has nothing to do with how plans are numbered."""
-    return math.sin(sum(37 * (n + 2) * k for n, k in enumerate(steps)))
+    """Some number from 1 to 3 that has nothing to do with how plans are numbered."""
+    return 2 + math.sin(sum(37 * (n + 2) * k for n, k in enumerate(steps)))
 
 
 def apart(steps: Steps, wanted: Steps) -> float:
@@ -58,32 +60,54 @@ def neighbours(steps: Steps) -> set[Steps]:
     return {tuple(sorted({*steps, new} - {old})) for old in steps[1:] for new in free}
 
 
-def test_moves_are_tried_in_the_order_of_their_predicted_loss():
-    planner = Known(lambda steps: 1.0, scattered)
-    recipe, error = search(planner, 3, tries=100)
-    start, *moves = planner.order
-    assert start == (0, 1, 2) and error == 1 and recipe.when.steps == (3, 4, 5, 6, 7)
-    losses = [scattered(move) for move in moves]
-    assert losses == sorted(losses) and losses != sorted(losses, reverse=True)
-    assert neighbours(start) <= set(moves), "nothing is better, so that all are tried"
+def test_what_is_predicted_to_lose_the_least_is_tried_first():
+    """With nothing else to go by, and twice what it was before."""
+    planner = Known(lambda steps: 2 * scattered(steps), scattered)
+    recipe, error = search(planner, 3, tries=2)
+    start, first = planner.order
+    assert start == (0, 1, 2) and scattered(first) <= min(map(scattered, neighbours(start)))
+    assert error == 2 * min(scattered(start), scattered(first))
+    assert recipe.when.steps == tuple(k for k in range(STEPS) if k not in min(start, first, key=scattered))
 
 
-def test_after_a_better_plan_its_own_moves_are_tried_the_likeliest_first():
-    """The prediction is right, so that the first move of each round is the best one."""
+def test_a_prediction_that_is_right_leads_straight_to_the_best_plan():
     wanted = (0, 4, 6)
-    planner = Known(lambda steps: apart(steps, wanted), lambda steps: apart(steps, wanted))
+    planner = Known(lambda steps: 1 + apart(steps, wanted), lambda steps: 1 + apart(steps, wanted))
     recipe, error = search(planner, 3, tries=100)
-    assert error == 0 and recipe.when.steps == (1, 2, 3, 5, 7)
-    best, rounds = planner.order[0], 0
-    for steps in planner.order[1:]:
-        if apart(steps, wanted) < apart(best, wanted):
-            assert apart(steps, wanted) == min(apart(one, wanted) for one in neighbours(best))
-            best, rounds = steps, rounds + 1
-    assert best == wanted and planner.order[1 : 1 + rounds][-1] == wanted and rounds == 2
+    assert error == 1 and recipe.when.steps == (1, 2, 3, 5, 7)
+    assert wanted in planner.order[:4] and len(planner.order) < 10, "and ends when nothing promises anything"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_was_tried_tells_where_to_go_on(seed):
+    """Predictions are worthless here. A plan of 7 of 30 steps has 138 neighbours, and the best is many moves away."""
+    rng = np.random.default_rng(seed)
+    wanted, start = ((0, *sorted(rng.choice(np.arange(1, 30), 6, replace=False).tolist())) for _ in range(2))
+    weights = rng.uniform(0.5, 2, 7)
+
+    def error(steps: Steps) -> float:
+        return math.exp(sum(w * ((a - b) / 8) ** 2 for w, a, b in zip(weights, steps, wanted, strict=True)))
+
+    planner = Known(error, lambda steps: scattered(steps), [start], steps=30)
+    _, found = search(planner, 7, tries=50)
+    assert math.log(found) < 0.1 * math.log(error(start)) and math.log(found) < 0.5
+
+
+def test_plans_that_must_not_be_are_not_tried():
+    planner = Known(scattered, lambda steps: np.inf if 3 in steps else 1.0)
+    search(planner, 3, tries=100)
+    assert len(planner.order) > 3 and not any(3 in steps for steps in planner.order)
+
+
+def test_a_plan_that_is_given_up_is_taken_to_be_bad():
+    """All with step 7: it is hardly asked for again."""
+    planner = Known(lambda steps: np.inf if 7 in steps else 1 + apart(steps, (0, 3, 5)), lambda steps: 1.0)
+    _, error = search(planner, 3, tries=15)
+    assert error == 1 and sum(7 in steps for steps in planner.order) <= 5
 
 
 def test_no_plan_is_drawn_twice_and_the_best_so_far_is_told():
-    planner, told = Known(scattered, lambda steps: -scattered(steps), [(0, 1, 2), (0, 3, 5)]), []
+    planner, told = Known(scattered, lambda steps: 4 - scattered(steps), [(0, 1, 2), (0, 3, 5)]), []
     _, error = search(planner, 3, tries=20, tried=lambda count, least: told.append((count, least)))
     assert planner.order[:2] == [(0, 1, 2), (0, 3, 5)] and len(set(planner.order)) == len(planner.order) <= 20
     least = list(itertools.accumulate(map(scattered, planner.order), min))
@@ -95,7 +119,7 @@ def test_no_plan_is_drawn_twice_and_the_best_so_far_is_told():
 
 @pytest.mark.parametrize("tries", [1, 2, 5])
 def test_so_many_plans_and_no_more(tries):
-    planner = Known(lambda steps: 1.0, scattered, [(0, 1, 2), (0, 3, 5), (0, 2, 4)])
+    planner = Known(lambda steps: scattered(steps[::-1]), scattered, [(0, 1, 2), (0, 3, 5), (0, 2, 4)])
     search(planner, 3, tries=tries)
     assert len(planner.asked) == tries
 
@@ -106,13 +130,21 @@ def test_a_true_answer_ends_the_search():
     assert len(planner.asked) == 4
 
 
-def test_the_best_of_several_starts_is_the_one_to_move_from():
-    starts = [(0, 1, 2), (0, 4, 5), (0, 1, 3)]
-    planner = Known(lambda steps: apart(steps, (0, 4, 6)) + 10 * (steps not in starts), scattered, starts)
-    recipe, error = search(planner, 3, tries=100)
-    assert error == 1 and recipe.when.steps == (1, 2, 3, 6, 7)
-    assert neighbours((0, 4, 5)) <= set(planner.order)
-    assert not neighbours((0, 1, 2)) <= set(planner.order)
+def test_moves_start_from_the_best_plans():
+    """Of four starts, the last is far off, and its neighbours are predicted to be as good as all others."""
+    starts = [(0, 4, 5), (0, 4, 7), (0, 5, 6), (0, 1, 2)]
+    planner = Known(lambda steps: 1 + apart(steps, (0, 4, 6)), lambda steps: 1.0, starts)
+    _, error = search(planner, 3, tries=100)
+    assert error == 1 and (0, 4, 6) in planner.order[4:7]
+    near = set().union(*map(neighbours, planner.order[:3]))
+    assert planner.order[4] in near
+
+
+def test_plans_may_differ_in_length():
+    """A cheapest path may compute fewer steps than it might."""
+    planner = Known(lambda steps: 1 + abs(sum(steps) - 10) / len(steps), lambda steps: 1.0, [(0, 2), (0, 1, 2)])
+    _, error = search(planner, 3, tries=30)
+    assert error < 1.5 and {len(steps) for steps in planner.order} == {2, 3}
 
 
 def test_one_computed_step_has_no_moves():
@@ -121,6 +153,55 @@ def test_one_computed_step_has_no_moves():
     assert planner.order == [(0,)]
 
 
+def test_a_perfect_plan_ends_the_search():
+    planner = Known(lambda steps: 0.0, scattered)
+    assert search(planner, 3, tries=10)[1] == 0 and len(planner.order) == 1
+
+
 def test_pictures_that_are_not_finite():
     with pytest.raises(ValueError, match="no plan gives pictures of finite error"):
         search(Known(lambda steps: np.nan, scattered), 3, tries=3)
+
+
+# ---- the surrogate --------------------------------------------------------------------------------------------------
+PLANS = [(0, 2, 5), (0, 3, 5), (0, 3, 6), (0, 1, 4), (0, 5, 7)]
+ERRORS = np.array([1.0, 0.7, 0.9, 2.0, 1.5])
+
+
+def test_the_gain_is_that_of_the_conditional_normal_distribution(monkeypatch):
+    """The joint covariance of tried and other plans, conditioned, and drawn from."""
+    monkeypatch.setattr(surrogate, "LENGTHS", (0.25,))
+    monkeypatch.setattr(surrogate, "NOISES", (0.1,))
+    others = [(0, 3, 4), (0, 2, 6), (0, 1, 2)]
+    predicted, of_others = np.array([3.0, 2.0, 2.5, 4.0, 3.5]), np.array([2.2, 2.4, 5.0])
+    found = expected_gains(PLANS, ERRORS, predicted, others, of_others, STEPS)
+    x, y = np.log(predicted), np.log(ERRORS)
+    slope = (np.cov(x, y, bias=True)[0, 1] * 5 + 0.5) / (x.var() * 5 + 0.5)
+    rest = y - y.mean() - slope * (x - x.mean())
+    scatter = np.sqrt((rest @ rest + 0.5) / 7)
+    points = np.array([*PLANS, *others]) / STEPS
+    far = np.linalg.norm(points[:, None] - points[None], axis=2) * np.sqrt(5) / 0.25
+    joint = scatter**2 * ((1 + far + far**2 / 3) * np.exp(-far))
+    joint[:5, :5] += (0.1 * scatter) ** 2 * np.eye(5)
+    gain = joint[5:, :5] @ np.linalg.inv(joint[:5, :5])
+    mean = y.mean() + slope * (np.log(of_others) - x.mean()) + gain @ rest
+    spread = np.sqrt(np.diag(joint[5:, 5:] - gain @ joint[:5, 5:]))
+    drawn = np.random.default_rng(0).normal(mean, spread, (400_000, 3))
+    assert found == pytest.approx(np.maximum(y.min() - drawn, 0).mean(0), rel=0.02, abs=1e-4)
+    assert found.argmax() == 1
+
+
+def test_the_length_is_the_likeliest():
+    """Errors drawn at one length: the evidence, against the density of the joint normal distribution."""
+    points = np.random.default_rng(1).uniform(size=(12, 2))
+    for length in surrogate.LENGTHS:
+        covariance = surrogate._matern(points, points, length) + 0.1**2 * np.eye(12)
+        values = np.random.default_rng(2).multivariate_normal(np.zeros(12), covariance)
+        normal = torch.distributions.MultivariateNormal(torch.zeros(12).double(), torch.tensor(covariance))
+        wanted = float(normal.log_prob(torch.tensor(values))) + 6 * math.log(2 * math.pi)
+        assert surrogate._evidence(points, values, length, 0.1) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_plan_that_was_tried_promises_little():
+    tried, other = expected_gains(PLANS, ERRORS, np.ones(5), [(0, 1, 4), (0, 4, 5)], np.ones(2), STEPS)
+    assert tried < 0.1 * other

@@ -328,6 +328,6 @@ def _table(
     for a, (n, fill) in itertools.product(range(steps), enumerate(fills)):
         there = [] if fill.depth == 1 else _offered(a, fill.depth, gaps)
         for p in range(fill.depth - 2, a) if there else ():
-            nearest = min(there, key=lambda one, a=a, p=p: abs(np.log((a - one) / (a - p))))
-            measured[:, a, p, n] = measured[:, a, nearest, n]
+            far = [abs(np.log((a - one) / (a - p))) for one in there]
+            measured[:, a, p, n] = measured[:, a, there[int(np.argmin(far))], n]
     return StepErrors(measured.min(3), measured.argmin(3), carried, fills)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..parts import check_int
 from ..recipe import Recipe
+from .surrogate import expected_gains
 
+ROOTS = 3  # plans that moves start from
+LEAST = 1e-3  # gain that is worth a try, as a share of the error
+Steps = tuple[int, ...]  # computed ones, rising
 Tried = Callable[[int, float], Any]  # plans tried, the least error so far; what it returns as true ends the search
 
 
@@ -20,7 +24,7 @@ class Planner(Protocol):
     def steps(self) -> int:
         """T."""
 
-    def candidates(self, budget: int) -> list[tuple[int, ...]]:
+    def candidates(self, budget: int) -> list[Steps]:
         """Computed steps of the plans to begin with, the likeliest first.
 
         Raises:
@@ -42,10 +46,10 @@ def computed_steps(recipe: Recipe, steps: int) -> list[int]:
 def search(
     planner: Planner, budget: int, tries: int = 40, seed: int = 0, tried: Tried | None = None
 ) -> tuple[Recipe, float]:
-    """Begins with the best of the planner's candidates, and moves computed steps while that brings pictures closer.
+    """Begins with the planner's candidates, and moves computed steps of the best plans to bring pictures closer.
 
-    Every move takes one computed step elsewhere, or shifts two of them by one each; those that are predicted to lose
-    the least are tried first.
+    Every move takes one computed step elsewhere, or shifts two of them by one each. Which plan is drawn next is told by
+    what was predicted and by all plans so far (`surrogate`); the search ends when none promises anything.
 
     Args:
         planner: makes and judges recipes.
@@ -62,32 +66,42 @@ def search(
     """
     check_int("tries", tries, 1)
     generator = np.random.default_rng(seed)
-    best: tuple[tuple[int, ...], Any, float] = ((0,), None, np.inf)
-    seen, enough = set[tuple[int, ...]](), False
-
-    def better(steps: tuple[int, ...]) -> bool:
-        nonlocal best, enough
-        seen.add(steps)
-        recipe, error = planner.made(steps, best[2])
-        improved = error < best[2]
-        if improved:
-            best = (steps, recipe, error)
-        enough = bool(tried and tried(len(seen), best[2])) or len(seen) >= tries
-        return improved
-
-    for start in planner.candidates(budget):
-        if not enough:
-            better(start)
-    improved = True
-    while improved and not enough:
-        moves = sorted(_moves(best[0], planner.steps, generator) - seen, key=planner.loss)
-        improved = any(better(moved) for moved in moves if not enough)
-    if best[1] is None:
+    best: tuple[Any, float] = (None, np.inf)
+    errors: dict[Steps, float] = {}
+    waiting = planner.candidates(budget)
+    while waiting:
+        steps = waiting.pop(0)
+        recipe, errors[steps] = planner.made(steps, best[1])
+        if errors[steps] < best[1]:
+            best = (recipe, errors[steps])
+        if (tried and tried(len(errors), best[1])) or len(errors) >= tries:
+            break
+        waiting = waiting or _next(planner, errors, generator)
+    if best[0] is None:
         raise ValueError("no plan gives pictures of finite error: what the pipeline draws is not finite")
-    return best[1], best[2]
+    return best
 
 
-def _moves(computed: Sequence[int], steps: int, generator: Any) -> set[tuple[int, ...]]:
+def _next(planner: Planner, errors: Mapping[Steps, float], generator: Any) -> list[Steps]:
+    """The plan that promises most, of all that are one move from the best ones; none if no one promises anything."""
+    ranked = sorted(errors, key=lambda steps: errors[steps] if np.isfinite(errors[steps]) else np.inf)
+    found = np.array([errors[steps] for steps in ranked])
+    if not np.isfinite(found[0]) or found[0] <= 0:
+        return []
+    # of a plan that was given up it is known that it is bad
+    found = np.where(np.isfinite(found), found, found[np.isfinite(found)].max())
+    moved = set().union(*(_moves(steps, planner.steps, generator) for steps in ranked[:ROOTS])) - set(errors)
+    losses = {steps: planner.loss(steps) for steps in sorted(moved)}
+    others = [steps for steps, loss in losses.items() if np.isfinite(loss)]
+    if not others:
+        return []
+    predicted = np.array([planner.loss(steps) for steps in ranked])
+    promised = np.array([losses[steps] for steps in others])
+    gains = expected_gains(ranked, found, predicted, others, promised, planner.steps)
+    return [others[int(gains.argmax())]] if gains.max() > LEAST else []
+
+
+def _moves(computed: Sequence[int], steps: int, generator: Any) -> set[Steps]:
     """Neighbours of a plan; step 0 stays computed."""
     if len(computed) == 1:
         return set()
