@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--samples", type=int, default=32, help="that predictors are fitted to")
     parser.add_argument("--trial", type=int, default=16, help="samples that plans are searched on")
     parser.add_argument("--held-out", type=int, default=96)
-    parser.add_argument("--calls", type=int, default=300, help="computed steps of all plans that a search draws")
+    parser.add_argument("--calls", type=int, default=400, help="computed steps of all plans that a search draws")
     parser.add_argument("--solution", type=int, default=500)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "solvers.json")

@@ -185,7 +185,7 @@ class Ends(clock.Silent):
 
 def test_a_replay_draws_what_the_recipe_draws(planner):
     table = planner.made(COMPUTED)[0].fill.table
-    replay = Replay(frozenset(COMPUTED), table)
+    replay = Replay(frozenset(COMPUTED), table, inputs=True)
     replay.run(planner.pipe, SETUP, range(4))
     assert torch.allclose(replay.latents[-1].double(), last_latents(planner.pipe, table), atol=1e-4)
     assert len(replay.latents) == STEPS + 1 and list(replay.outputs) == list(COMPUTED)

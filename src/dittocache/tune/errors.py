@@ -20,7 +20,6 @@ from .. import clock
 from ..cache import enable
 from ..calibrate.setup import Setup, check_uncached, denoiser, draw
 from ..fill import At, Chosen, Entry, Features, Fill, Taylor
-from ..fill.base import pushed
 from ..hooks import Call, captured
 from ..parts import check_int
 from ..recipe import Recipe
@@ -55,28 +54,22 @@ class Filling(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replayed(Fill):
+class Replayed(Chosen):
     """Fills step after step of a replay: every computed output is kept as long as it may be asked for.
 
     Args:
-        fills: those that are measured.
         sequence: a `Filling` for every step of the replay.
         kept: how many outputs.
     """
 
-    fills: tuple[Fill, ...] = FORECASTS
     sequence: tuple[tuple[int, int, int | None, int], ...] = ()
     kept: int = 1
 
     name = "replayed"
 
-    def names(self) -> set[str]:
-        return Chosen(self.fills).names()
-
-    def keep(self, entry: Entry, value: Features, at: At) -> None:
-        for fill in self.fills:
-            fill.keep(Entry(), value, at)  # refused now if it does not go with the fill's data
-        pushed(entry, value, at.step, self.kept)
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return self.kept
 
     def fill(self, entry: Entry, at: At) -> Features:
         filling = Filling(*self.sequence[at.step])
@@ -226,7 +219,7 @@ def _replay(
     sequence = sorted([*fillings, *(Filling(k, k) for k in range(len(steps)))], key=lambda one: one.k)
     filled = tuple(n for n, one in enumerate(sequence) if one.a < one.k)
     kept = max((one.k - one.history(fills[one.fill].depth)[-1] for one in fillings), default=1)
-    recipe = Recipe(ReuseSteps(filled), fill=Replayed(fills, tuple(sequence), kept), method="none")
+    recipe = Recipe(ReuseSteps(filled), fill=Replayed(fills, sequence=tuple(sequence), kept=kept), method="none")
     errors = []
     with torch.no_grad(), enable(network, recipe) as cache, cache.run(len(sequence)):
         for n, (k, a, _, _) in enumerate(sequence):

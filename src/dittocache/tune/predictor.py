@@ -73,8 +73,8 @@ class _Fitter(clock.Silent):
             self.history = [prediction, *self.history[: self.outputs - 1]]
         after = stepped(scheduler, self.history[0], timestep, sample)
         wanted = self.history[0].float() + (there - after) / float(self.runs.gains[k])
-        latents = scaled(scheduler, sample, timestep)
-        bases = [*self.history, latents] if self.inputs else self.history
+        latents = scaled(scheduler, sample, timestep) if self.inputs else None
+        bases = self.history if latents is None else [*self.history, latents]
         found = least_squares([one[: self.fitted] for one in bases], wanted[: self.fitted])
         row = torch.zeros(self.outputs + 1, dtype=torch.float64)
         row[: len(self.history)] = torch.tensor(found[: len(self.history)])
@@ -199,7 +199,7 @@ class Predictors:
         table = recipe.fill.table  # type: ignore[attr-defined]
         found = equations(self.pipe, self.setup, fitted, self.runs, computed, table, self.inputs, progress)
         tables = [table, *map(found.solved, DAMPING)]
-        drawn = [Replay(frozenset(computed), one).run(self.pipe, self.setup, trial) for one in tables]
+        drawn = [Replay(frozenset(computed), one, self.inputs).run(self.pipe, self.setup, trial) for one in tables]
         errors = [self._error(pictures) for pictures in drawn if pictures is not None]
         best = int(np.argmin(errors))
         return replace(recipe, fill=Linear.of(tables[best])), errors[best]

@@ -35,9 +35,9 @@ def go_on(done: int, total: int) -> bool:
 
 
 # ---- factors --------------------------------------------------------------------------------------------------------
-def predicted(row: Tensor, outputs: Sequence[Tensor], latents: Tensor) -> Tensor:
-    """A prediction from [H + 1] factors: of at most H outputs, newest first, and of the network's input."""
-    made = float(row[-1]) * latents
+def predicted(row: Tensor, outputs: Sequence[Tensor], latents: Tensor | None) -> Tensor:
+    """A prediction from [H + 1] factors: of at most H outputs, newest first, and of the network's input, if used."""
+    made = torch.zeros_like(outputs[0], dtype=torch.float32) if latents is None else float(row[-1]) * latents
     for factor, output in zip(row[:-1].tolist(), outputs, strict=False):
         made = made + factor * output.float()
     return made.to(outputs[0].dtype)
@@ -51,29 +51,31 @@ class Replay(clock.Silent):
     Args:
         computed: steps.
         table: [T, H + 1] factors.
+        inputs: whether the network's input is used.
         known: outputs of computed steps.
         brief: only the last latents are wanted, and no pictures.
     """
 
     computed: frozenset[int]
     table: Tensor
+    inputs: bool = False
     known: dict[int, Tensor] = field(default_factory=dict)
     brief: bool = False
     step: int = 0
     outputs: dict[int, Tensor] = field(default_factory=dict)
-    inputs: list[Tensor] = field(default_factory=list)  # of the network, at every step
+    fed: list[Tensor | None] = field(default_factory=list)  # the network's input at every step, if it is used
     latents: list[Tensor] = field(default_factory=list)  # that the scheduler was handed, and the last ones
 
     def on_begin(self, scheduler: Any) -> None:
-        self.step, self.outputs, self.inputs, self.latents = 0, {}, [], []
+        self.step, self.outputs, self.fed, self.latents = 0, {}, [], []
 
     def on_prediction(self, scheduler: Any, prediction: Any, timestep: Any, sample: Any) -> Any:
         if self.step in self.computed:
             self.outputs[self.step] = self.known.get(self.step, prediction)
         newest_first = list(self.outputs.values())[::-1]
-        inputs = scaled(scheduler, sample, timestep)
+        inputs = scaled(scheduler, sample, timestep) if self.inputs else None
         if not self.brief:
-            self.inputs.append(inputs)
+            self.fed.append(inputs)
             self.latents.append(sample.detach().float())
         made = predicted(self.table[self.step], newest_first, inputs)
         self.step += 1
@@ -144,7 +146,7 @@ def equations(
     """
     count = len(samples)  # some pipelines step both halves of guidance; the first is the pictures'
     wanted = [latents[:count] for latents in runs.latents]
-    plan = Replay(frozenset(computed), table)
+    plan = Replay(frozenset(computed), table, inputs)
     plan.run(pipe, setup, samples)
     ended = plan.latents[-1][:count].cpu()
     missed = (wanted[-1] - ended).flatten(1).double()
@@ -154,7 +156,7 @@ def equations(
         if progress(calls, cost(len(computed), table.shape[1] - 1, inputs)) and changes:
             break
         history = computed[max(n + 2 - table.shape[1], 0) : n + 1][::-1]
-        bases = [plan.outputs[k] for k in history] + [plan.inputs[step]] * inputs
+        bases = [base for base in (*(plan.outputs[k] for k in history), plan.fed[step]) if base is not None]
         following = [*computed, setup.num_steps][n + 1]
         off = (plan.latents[following][:count].cpu() - wanted[following]).square().mean().sqrt()
         size = PUSH * float(off.clamp(min=1e-6)) / float(runs.gains[step:following].abs().sum())
@@ -164,7 +166,7 @@ def equations(
             direction[step:following, : len(history)] = combined[: len(history)]
             if inputs:
                 direction[step:following, -1] = combined[-1]
-            moved = Replay(plan.computed, table + size * direction, known, brief=True)
+            moved = Replay(plan.computed, table + size * direction, inputs, known, brief=True)
             moved.run(pipe, setup, samples)
             change = (moved.latents[-1][:count].cpu() - ended).flatten(1).double() / size
             directions.append(direction)
