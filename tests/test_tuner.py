@@ -31,6 +31,7 @@ from dittocache.tune.learned import learned
 from dittocache.tune.published import SPACES, explore
 from dittocache.tune.trajectory import record
 from dittocache.tune.tuner import _split, _Tuner
+from dittocache.when import ReuseSteps
 
 STEPS = 12
 SETUP = Setup(num_steps=STEPS, guidance_scale=1.5, seed=3, conditions=(1, 2))
@@ -227,6 +228,42 @@ def test_budgets_that_are_tried(pipe, goal, table, asked):
 
     tuner._meet(judged, 2, 19)
     assert seen == asked
+
+
+def test_plans_of_as_many_steps_are_equally_fast(pipe, monkeypatch):
+    """A busy machine must not choose between them: the closer one is better, though it was measured to be too slow."""
+    tuner = _Tuner(pipe, Goal(speedup=3.0), SETUP, ["own"], [], "own", None, EFFORT, None, None, "", None)
+    measured = {
+        "plain": (3.1, 40),
+        "searched": (2.5, 42),
+        "refined": (3.2, 44),
+        "of three": (4.0, 30),
+        "3 steps": (2.0, 50),
+    }
+
+    def contender(label, filled, grid):
+        recipe = None if grid is None else Recipe(ReuseSteps(filled))
+        return Contender(Row(label, "solver", STEPS, recipe), grid=grid)
+
+    def score(rows, share):
+        speed, psnr = measured[rows[0].label]
+        return [{"speedup": speed, "psnr": psnr}]
+
+    monkeypatch.setattr(tuner.judge, "score", score)
+    first, second = tuple(range(4, STEPS)), tuple(range(3, STEPS - 1))
+    found = [
+        tuner._score(contender("plain", first, 0)),
+        tuner._score(contender("searched", second, 0)),
+        tuner._score(contender("of three", (1, *first), 0)),
+        tuner._score(contender("3 steps", (), None)),
+        tuner._score(contender("refined", second, 0)),
+    ]
+    speeds = {c.row.label: c.numbers["speedup"] for c in tuner.tried}
+    assert speeds == {"plain": 3.1, "searched": 3.1, "refined": 3.1, "of three": 4.0, "3 steps": 2.0}
+    assert [c.row.label for c in tuner._ranked(found)][:3] == ["refined", "searched", "plain"]
+    measured["plain"] = (2.6, 40)
+    tuner._score(found[0], 1.0)
+    assert {c.numbers["speedup"] for c in tuner.tried if c.row.label in ("plain", "searched", "refined")} == {2.6}
 
 
 def test_cheaper_plans_are_tried_more_often():

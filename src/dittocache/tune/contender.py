@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,18 @@ SOLVER = "solver"  # as the method of rows
 
 @dataclass
 class Contender:
-    """A way of drawing, and what was measured of it last."""
+    """A way of drawing, and what was measured of it last.
+
+    Attributes:
+        numbers: its speed-up and how close its pictures are.
+        grid: number of the solver's scheduler and steps; None for other ways.
+        alone: its own speed-up, before `share_speeds`.
+    """
 
     row: Row
     numbers: dict[str, Any] = field(default_factory=dict)
-    grid: int | None = None  # of the solver's
+    grid: int | None = None
+    alone: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
         row = self.row
@@ -46,6 +54,18 @@ def is_published(contender: Contender) -> bool:
 
 def computed_of(row: Row) -> int:
     return row.steps - len(row.recipe.when.steps)  # type: ignore[union-attr]
+
+
+def share_speeds(contenders: Sequence[Contender]) -> None:
+    """Plans that compute as many of the same steps are equally fast: each is given the median of what was measured."""
+    alike: dict[tuple[int, int], list[Contender]] = {}
+    for contender in contenders:
+        if contender.grid is not None:
+            alike.setdefault((contender.grid, computed_of(contender.row)), []).append(contender)
+    for group in alike.values():
+        speed = statistics.median(contender.alone for contender in group)
+        for contender in group:
+            contender.numbers = {**contender.numbers, "speedup": speed}
 
 
 def told(label: str, numbers: Mapping[str, Any]) -> str:

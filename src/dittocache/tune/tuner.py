@@ -22,7 +22,7 @@ from ..noise import prediction_type
 from ..parts import check_int, jsonable
 from ..recipe import Recipe, recipe
 from . import published
-from .contender import SOLVER, Contender, computed_of, distinct, is_fewer, is_published, told
+from .contender import SOLVER, Contender, computed_of, distinct, is_fewer, is_published, share_speeds, told
 from .effort import Effort
 from .goal import Goal
 from .journal import Journal
@@ -416,7 +416,9 @@ class _Tuner:
         share = share or 1 / len(self.judge.parts)
         key = f"judge {contender.row.config()} {share:.3f}"
         contender.numbers = self.journal(key, lambda: self.judge.score([contender.row], share)[0])
+        contender.alone = contender.numbers["speedup"]
         self.tried = [c for c in self.tried if c.row.label != contender.row.label] + [contender]
+        share_speeds(self.tried)
         return contender
 
     def _ranked(self, contenders: Sequence[Contender]) -> list[Contender]:
