@@ -6,10 +6,12 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -18,7 +20,7 @@ import dittocache
 from dittocache import Plan, Recipe, origin, recipe, saved
 from dittocache.calibrate import Setup
 from dittocache.card import fenced, table, text
-from dittocache.fill import Chosen, Hold, Taylor
+from dittocache.fill import Chosen, Hold, Taylor, Trend
 from dittocache.when import ReuseSteps, SignalChange, Table
 
 MEASURED = [
@@ -168,3 +170,15 @@ def test_markdown():
     assert text(" a\n| b_c <i> ") == "a \\| b\\_c &lt;i&gt;"
     assert fenced("x ``` y") == "````\nx ``` y\n````" and fenced("x", "python") == "```python\nx\n```"
     assert table(["a", ""], [("1|2", 3)]) == "| a |  |\n| --- | --- |\n| 1\\|2 | 3 |"
+
+
+def test_the_plan_tells_fills_apart(tmp_path):
+    trend = {"a.attn@1": torch.ones(2, 1)}
+    fills = (Trend(trend, 1.0), Trend(trend, 1.0, additive=True), Taylor(2))
+    made = Recipe(ReuseSteps((1, 2, 3)), fill=Chosen(fills, (0, 0, 1, 2)), provenance={"setup": {"num_steps": 4}})
+    written = card(made, tmp_path)
+    assert "\n#012\n" in written and "additive=True" in written and "Taylor(order=2)" in written
+    assert written.count("theta=1.0") == 2
+    many = replace(made, fill=Chosen(tuple(Taylor(n) for n in range(11)), (0, 0, 10, 3)))
+    written = card(many, tmp_path)
+    assert "\n#...\n" in written and "`.`: filled" in written and "`10`" not in written

@@ -12,7 +12,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 import dittocache
-from dittocache.fill import Fill, GradientQueue, Hold, LowRankIncrement, Trend
+from dittocache.fill import Chosen, Fill, GradientQueue, Hold, LowRankIncrement, Taylor, Trend
 from dittocache.plan import COMPUTE, OPEN
 from dittocache.when import Look, When
 
@@ -115,10 +115,15 @@ def fills(model: DiTTransformer2DModel) -> dict[str, Fill]:
         "gradient": GradientQueue(0.8),
         "gradient-computed-only": GradientQueue(0.8, computed_only=True),
         "increment": LowRankIncrement(factors),
+        "chosen-trend": Chosen((Hold(), Trend(trend, 0.5)), (1,) * STEPS),
+        "chosen": Chosen((Hold(), Trend(trend, 0.5), Taylor(1)), (0, 2, 1, 2, 1, 0)),
     }
 
 
-@pytest.mark.parametrize("name", ["trend", "trend-held-back", "gradient", "gradient-computed-only", "increment"])
+NAMES = ["trend", "trend-held-back", "gradient", "gradient-computed-only", "increment", "chosen-trend", "chosen"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_alone_equals_in_batch_with_every_fill(model: DiTTransformer2DModel, name: str) -> None:
     """What a filled sample goes on from is what it had, whether or not its neighbours were computed."""
     fill = fills(model)[name]

@@ -13,7 +13,7 @@ from dittocache.calibrate import Setup
 from dittocache.calibrate.setup import draw
 from dittocache.fill import At, Entry, Linear
 from dittocache.plan import Site
-from dittocache.tune import Predictors, refine
+from dittocache.tune import Predictors, predictor, refine
 from dittocache.tune.refine import Equations, Replay, cost, equations, orthonormal, predicted
 from dittocache.tune.trajectory import fed_latents, record, scaled, stepped
 from dittocache.when import ReuseSteps
@@ -189,6 +189,17 @@ def test_a_replay_draws_what_the_recipe_draws(planner):
     replay.run(planner.pipe, SETUP, range(4))
     assert torch.allclose(replay.latents[-1].double(), last_latents(planner.pipe, table), atol=1e-4)
     assert len(replay.latents) == STEPS + 1 and list(replay.outputs) == list(COMPUTED)
+
+
+def test_latents_are_not_scaled_where_the_input_is_not_used(planner, monkeypatch):
+    def refused(*args):
+        raise AssertionError("scaled")
+
+    monkeypatch.setattr(planner, "inputs", False)
+    for module in (predictor, refine):
+        monkeypatch.setattr(module, "scaled", refused)
+    recipe, error = planner.made(COMPUTED)
+    assert not recipe.fill.inputs and planner.refined(recipe)[1] <= error * (1 + 1e-6)
 
 
 def test_equations_are_what_moved_factors_do(planner, monkeypatch):

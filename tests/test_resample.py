@@ -119,6 +119,14 @@ def test_the_number_of_computed_steps():
     assert computed_of(carried(stepwise((0,)), steps=100)) == [0]
 
 
+def test_a_plan_that_computes_all_steps():
+    timesteps = [float(t) for t in range(1000, 0, -20)]
+    made = carried(
+        Recipe(ReuseSteps(()), fill=Chosen(FORECASTS, (1,) * 50), made_for={"timesteps": timesteps}), steps=30
+    )
+    assert made.when == ReuseSteps(()) and made.fill == Chosen()
+
+
 def test_fills_come_from_the_nearest_filled_step():
     made = carried(stepwise(), steps=100)
     old, new = (levels(DDIM, timesteps_of(DDIM, n)) for n in (50, 100))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from dittocache.tune import search, surrogate
 from dittocache.tune.surrogate import expected_gains
 from dittocache.when import ReuseSteps
 
+searching = sys.modules["dittocache.tune.search"]  # its function has the same name
 Steps = tuple[int, ...]
 STEPS = 8
 
@@ -130,6 +132,50 @@ def test_a_true_answer_ends_the_search():
     assert len(planner.asked) == 4
 
 
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[list[Steps], list[float], list[Steps]]]:
+    """What is asked of the surrogate: plans, their errors, and others."""
+    found = []
+
+    def gains(plans, errors, predicted, others, *rest):
+        found.append((list(plans), errors.tolist(), list(others)))
+        return expected_gains(plans, errors, predicted, others, *rest)
+
+    monkeypatch.setattr(searching, "expected_gains", gains)
+    return found
+
+
+def test_moves_start_from_the_best_three_plans(asked):
+    starts = [(0, 4, 5), (0, 4, 7), (0, 5, 6), (0, 1, 2)]
+    search(Known(lambda steps: 1 + apart(steps, (0, 4, 6)), lambda steps: 1.0, starts), 3, tries=5)
+    assert (0, 5, 7) in asked[0][2] and (0, 1, 3) not in asked[0][2]
+    assert len(starts) == 4, "the planner's own list is left as it is"
+
+
+def test_a_plan_that_is_given_up_counts_as_the_worst_or_three_times_the_best(asked):
+    for worst, told in ((4.0, 6.0), (9.0, 9.0)):
+        errors = {(0, 1, 2): worst, (0, 3, 5): 2.0, (0, 4, 6): np.inf, (0, 4, 5): np.nan}
+        search(Known(lambda steps, errors=errors: errors.get(steps, 3.0), lambda steps: 1.0, list(errors)), 3, tries=5)
+        assert dict(zip(*asked[-1][:2], strict=True)) == {**errors, (0, 4, 6): told, (0, 4, 5): told}
+        assert (0, 4, 7) not in asked[-1][2], "no moves start there"
+
+
+def test_a_start_that_must_not_be_tells_nothing(asked):
+    starts = [(0, 1, 2), (0, 3, 5)]
+    planner = Known(
+        lambda steps: 1 + apart(steps, (0, 4, 6)), lambda steps: np.inf if steps == (0, 1, 2) else 1.0, starts
+    )
+    assert search(planner, 3, tries=40)[1] == 1 and asked[0][0] == [(0, 3, 5)]
+
+
+@pytest.mark.parametrize(("gain", "tries"), [(0.9e-3, 1), (1.1e-3, 9)])
+def test_a_gain_of_a_thousandth_is_worth_a_try(monkeypatch, gain, tries):
+    monkeypatch.setattr(searching, "expected_gains", lambda *asked: np.full(len(asked[3]), gain))
+    planner = Known(lambda steps: 1.0, lambda steps: 1.0)
+    search(planner, 3, tries=9)
+    assert len(planner.order) == tries
+
+
 def test_moves_start_from_the_best_plans():
     """Of four starts, the last is far off, and its neighbours are predicted to be as good as all others."""
     starts = [(0, 4, 5), (0, 4, 7), (0, 5, 6), (0, 1, 2)]
@@ -205,3 +251,17 @@ def test_the_length_is_the_likeliest():
 def test_a_plan_that_was_tried_promises_little():
     tried, other = expected_gains(PLANS, ERRORS, np.ones(5), [(0, 1, 4), (0, 4, 5)], np.ones(2), STEPS)
     assert tried < 0.1 * other
+
+
+def test_a_step_that_a_plan_does_not_have_is_at_the_end():
+    short, long = surrogate._placed([(0, 2)], [(0, 1, 4)], 8)
+    assert short.tolist() == [[0, 0.25, 1]] and long.tolist() == [[0, 0.125, 0.5]]
+
+
+def test_predictions():
+    """The wrong way round they do not count, and one of zero does not outweigh everything."""
+    assert surrogate._slope(np.arange(9.0), -np.arange(9.0)) == 0
+    less, more = expected_gains(PLANS, ERRORS, 1e-6 * ERRORS, [(0, 1, 7), (0, 1, 7)], np.array([1e-7, 1e-6]), STEPS)
+    assert less > 1.5 * more
+    with_zero = expected_gains(PLANS, ERRORS, np.array([0, 5, 5, 5, 5.0]), [(0, 3, 4)], np.array([4.0]), STEPS)
+    assert np.isfinite(with_zero).all() and with_zero[0] > 1e-3

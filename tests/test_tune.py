@@ -197,6 +197,15 @@ def test_the_search_only_gets_better_and_stops(pipe, errors):
     assert all(b <= a for (_, a), (_, b) in itertools.pairwise(seen))
 
 
+def test_every_filling_of_a_replay_is_what_it_is_alone(pipe, trends):
+    """Where a step lies in a replay has nothing to do with which step of the run it is."""
+    fills = (*FORECASTS, Trend(trends, 1.0))
+    fillings = fillings_of(STEPS, 2, (1, 2), fills)
+    together = _replay(pipe, SETUP, [0], fillings, fills)
+    for n in range(0, len(fillings), 3):
+        assert [together[n]] == pytest.approx(_replay(pipe, SETUP, [0], [fillings[n]], fills), rel=1e-4)
+
+
 # ---- EOC ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def trends(pipe):
@@ -268,7 +277,7 @@ def test_eoc_is_chosen_where_it_was_measured_to_be_best(pipe, trends, tmp_path):
 # ---- parts ----------------------------------------------------------------------------------------------------------
 def test_chosen():
     fill = Chosen((Hold(), Taylor(1), Taylor(2)), (0, 0, 1, 0, 2))
-    assert fill.depth == 3 and fill.rowwise is False and Chosen((Taylor(1),)).rowwise
+    assert fill.depth == 3 and not Hold().rowwise and fill.rowwise
     site, entry = Site("a", "attention", "blocks", 0, 1, 0), Entry()
     assert not fill.ready(entry)
     for k, value in enumerate((1.0, 3.0, 4.0, 8.0)):
@@ -285,6 +294,45 @@ def test_chosen():
     with pytest.raises(ValueError, match="fills are a list of one or more; got 'hold'"):
         Chosen("hold")
     assert Recipe.from_dict(Recipe(ReuseSteps((2,)), fill=fill).to_dict()).fill == fill
+
+
+SITE = Site("a.attn", "attention", "a", 0, 1, 0)
+TREND = {f"{SITE.name}@{k}": torch.full((2, 1), float(k)) for k in range(1, 6)}
+
+
+@pytest.mark.parametrize(("write_back", "kept"), [(True, {"4", "5"}), (False, {"5"})])
+def test_a_trend_that_is_chosen_late_has_all_trends_that_it_needs(write_back, kept):
+    chosen = np.zeros((6, 6, 7), dtype=int)
+    chosen[5] = 1
+    fills = (Hold(), Trend(TREND, 1.0, write_back))
+    fill = planned(StepErrors(np.ones((6, 6, 7)), chosen, np.ones(6), fills), (0, 3)).fill
+    assert {name.rpartition("@")[2] for name in fill.fills[1].trend} == kept
+
+
+def test_trends_that_are_added():
+    fill = Trend(TREND, 0.5, additive=True)
+    assert fill.fill(Entry([(torch.ones(1, 2, 1),)], [0]), At(2, 6, SITE))[0].flatten().tolist() == [2.5, 2.5]
+    assert dittocache.recipe("eoc", trend=TREND, additive=True).fill.additive
+
+
+def test_no_fill_goes_on_from_what_another_made_up():
+    fill, entry = Chosen((Trend(TREND, 1.0), Taylor(1)), (0, 0, 0, 1)), Entry()
+    for k, value in enumerate((1.0, 3.0)):
+        fill.keep(entry, (torch.full((1, 2, 1), value),), At(k, 4, SITE))
+    assert fill.fill(entry, At(2, 4, SITE))[0].flatten().tolist() == [9, 9] and entry.steps == [1, 0]
+    assert fill.fill(entry, At(3, 4, SITE))[0].flatten().tolist() == [7, 7]
+
+
+def test_data_of_another_size_is_refused_when_an_output_is_kept():
+    with pytest.raises(ValueError, match="calibrate for this size"):
+        Chosen((Hold(), Trend(TREND)), (0, 1)).keep(Entry(), (torch.ones(1, 3, 1),), At(0, 2, SITE))
+
+
+def test_fills_with_the_same_data_are_saved(tmp_path):
+    trend = Trend(TREND, 0.5)
+    made = Recipe(ReuseSteps((1,)), fill=Chosen((trend, replace(trend, additive=True), trend.of([2])), (0, 1)))
+    made.save_pretrained(tmp_path)
+    assert Recipe.from_pretrained(tmp_path) == made
 
 
 def test_mixing_finds_how_guidance_was_done():

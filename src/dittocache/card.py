@@ -5,6 +5,7 @@ A card is Markdown with a head that the Hugging Face Hub reads. Text that comes 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import tempfile
@@ -18,7 +19,7 @@ from huggingface_hub import ModelCardData
 from PIL import Image
 
 from . import bundled
-from .fill import Chosen
+from .fill import Chosen, Fill
 from .parts import show
 from .plan import COMPUTE, Plan, Site
 from .saved import CARD, FILE, GRID, MARK, PLAN
@@ -166,9 +167,17 @@ def _plan(recipe: Recipe, drawn: bool) -> str:
     fills, chosen = (recipe.fill.fills, recipe.fill.chosen) if isinstance(recipe.fill, Chosen) else ((), ())
     filled = [str(chosen[k]) if k < len(chosen) and len(fills) <= 10 else "." for k in range(steps)]
     strip = "".join("#" if on else mark for on, mark in zip(computed, filled, strict=True))
-    legend = "; ".join(f"`{n}`: filled by {text(show(fill))}" for n, fill in enumerate(fills)) or "`.`: filled"
+    named = [f"`{n}`: filled by {text(_named(fill))}" for n, fill in enumerate(fills)]
+    legend = "; ".join(named) if 0 < len(fills) <= 10 else "`.`: filled"
     count = f"{int(computed.sum())} of {steps} steps are computed (`#`: computed, {legend})"
     return f"## Plan\n\n{count}:\n\n{fenced(strip)}"
+
+
+def _named(fill: Fill) -> str:
+    """Its parameters other than the default ones."""
+    fields = {f.name: (getattr(fill, f.name), f.default) for f in dataclasses.fields(fill)}  # type: ignore[arg-type]
+    told = ", ".join(f"{name}={show(value)}" for name, (value, default) in fields.items() if value != default)
+    return f"{type(fill).__name__}({told})"
 
 
 def _provenance(recipe: Recipe) -> str:

@@ -107,7 +107,8 @@ def upload(folder: Path, repo_id: str, token: Any = None) -> None:
 def _set_aside(value: Any, path: str, arrays: dict[str, torch.Tensor]) -> Any:
     """JSON data without its tensors and tables of numbers: those go into `arrays`, under their dotted path."""
     if isinstance(value, Tensors):
-        arrays |= {f"{path}:{name}": tensor for name, tensor in value.items()}
+        held = set(map(id, arrays.values()))  # of another fill: safetensors refuses shared memory
+        arrays |= {f"{path}:{name}": t.clone() if id(t) in held else t for name, t in value.items()}
         return {"tensors": path, "count": len(value)}
     if hasattr(value, "to_dict"):
         value = value.to_dict()

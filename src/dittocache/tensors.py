@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,13 @@ class Tensors(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Tensors({len(self)} tensors, {self.bytes / 2**20:.2f} MiB)"
+
+    def only(self, names: Iterable[str]) -> Tensors:
+        """Some of them, which are shared, not copied."""
+        made = Tensors({})
+        made._tensors = {name: self[name] for name in sorted(names)}
+        made._placed = self._placed
+        return made
 
     @property
     def bytes(self) -> int:

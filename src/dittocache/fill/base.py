@@ -126,7 +126,7 @@ class Fill(Part):
         return entry.values[0][0]
 
 
-def pushed(entry: Entry, value: Features, step: int, depth: int) -> None:
+def push(entry: Entry, value: Features, step: int, depth: int) -> None:
     """Keeps a computed output beside older ones, so many at most; a second output of a step replaces it."""
     older = slice(1 if entry.steps[:1] == [step] else 0, None)
     entry.values = [value, *entry.values[older]][:depth]

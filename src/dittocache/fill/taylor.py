@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..parts import check_int
-from .base import At, Entry, Features, Fill, pushed
+from .base import At, Entry, Features, Fill, push
 
 
 def coefficients(steps: Sequence[int], at_step: int, order: int) -> list[float]:
@@ -57,6 +57,11 @@ class Forecast(Fill):
 
     rowwise = True
 
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        """How many outputs are kept."""
+        raise NotImplementedError
+
     def factors(self, steps: Sequence[int], at_step: int) -> list[float]:
         """One factor per output.
 
@@ -67,7 +72,7 @@ class Forecast(Fill):
         raise NotImplementedError
 
     def keep(self, entry: Entry, value: Features, at: At) -> None:
-        pushed(entry, value, at.step, self.depth)
+        push(entry, value, at.step, self.depth)
 
     def fill(self, entry: Entry, at: At) -> Features:
         return self._made(entry, at, ())

@@ -23,8 +23,8 @@ class Trend(Fill):
         trend: "site@step" -> E = A[k] - A[k-1], the difference of the mean features of two adjacent steps,
             [tokens, channels]. A site or step that is missing is held: the judgment table M is what is there.
         theta: strength of the correction.
-        write_back: the corrected output takes the kept one's place, as in the authors' code, so that the trends of
-            reused steps in a row add up; False corrects the last computed output every time.
+        write_back: the corrected output takes the kept one's place, as in the authors' code, so that
+            reused steps in a row compound; False corrects the last computed output every time.
         additive: c + theta E, which is not EOC: with theta 1 and `write_back`, the mean change since the kept output.
     """
 
@@ -76,9 +76,7 @@ class Trend(Fill):
     def of(self, steps: Iterable[int]) -> Trend:
         """The same with the trends of these steps alone."""
         wanted = set(steps)
-        return replace(
-            self, trend=Tensors({n: t for n, t in self.trend.items() if int(n.rpartition("@")[2]) in wanted})
-        )
+        return replace(self, trend=self.trend.only(n for n in self.trend if int(n.rpartition("@")[2]) in wanted))
 
     def fill(self, entry: Entry, at: At) -> Features:
         first, *others = entry.values[0]
@@ -94,7 +92,7 @@ class Trend(Fill):
         return filled
 
     def _moved(self, value: Tensor, trend: Tensor) -> Tensor:
-        """In one rounding: 1 + theta E would be 1 in half precision."""
+        """1 + theta E would be 1 in half precision, so that it is never formed."""
         if self.additive:
             return torch.add(value, trend, alpha=self.theta)
         return torch.addcmul(value, value, trend, value=self.theta)

@@ -20,6 +20,8 @@ from .. import clock
 from ..cache import enable
 from ..calibrate.setup import Setup, check_uncached, denoiser, draw
 from ..fill import At, Chosen, Entry, Features, Fill, Taylor
+from ..fill.base import push
+from ..fill.chosen import checked
 from ..hooks import Call, captured
 from ..parts import check_int
 from ..recipe import Recipe
@@ -54,26 +56,31 @@ class Filling(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replayed(Chosen):
+class Replayed(Fill):
     """Fills step after step of a replay: every computed output is kept as long as it may be asked for.
 
     Args:
+        among: the fills that are measured.
         sequence: a `Filling` for every step of the replay.
         kept: how many outputs.
     """
 
-    sequence: tuple[tuple[int, int, int | None, int], ...] = ()
-    kept: int = 1
+    among: Chosen
+    sequence: tuple[tuple[int, int, int | None, int], ...]
+    kept: int
 
-    name = "replayed"
+    name = "measured fill"
 
-    @property
-    def depth(self) -> int:  # type: ignore[override]
-        return self.kept
+    def names(self) -> set[str]:
+        return self.among.names()
+
+    def keep(self, entry: Entry, value: Features, at: At) -> None:
+        self.among.keep(Entry(), value, at)  # refused now if it does not go with a fill's data
+        push(entry, value, at.step, self.kept)
 
     def fill(self, entry: Entry, at: At) -> Features:
         filling = Filling(*self.sequence[at.step])
-        fill = self.fills[filling.fill]
+        fill = self.among.fills[filling.fill]
         values = {self.sequence[step][0]: value for step, value in zip(entry.steps, entry.values, strict=True)}
         history = filling.history(fill.depth)
         return fill.fill(Entry([values[step] for step in history], list(history)), at._replace(step=filling.k))
@@ -170,8 +177,8 @@ def measure(
 ) -> StepErrors:
     """Measures the errors of filling whole steps.
 
-    EOC beside forecasts: `calibrate(pipe, "eoc", 64, setup, reuse_steps=range(1, 50)).fill` has a trend for every step.
-    (Its samples should be others.)
+    EOC beside forecasts: `calibrate(pipe, "eoc", others, setup, reuse_steps=range(1, 50)).fill` has a trend for every
+    step, of other samples than those here.
 
     Args:
         pipe: a pipeline without a cache.
@@ -191,7 +198,7 @@ def measure(
     check_int("lags", lags, 1)
     if not samples:
         raise ValueError("samples are one or more numbers; got none")
-    fills = Chosen(tuple(fills)).fills  # refused if they do not go with each other
+    fills = checked(fills)
     fillings = fillings_of(setup.num_steps, lags, gaps, fills)
     errors = np.zeros(len(fillings))
     for n in range(0, len(samples), batch):
@@ -219,7 +226,7 @@ def _replay(
     sequence = sorted([*fillings, *(Filling(k, k) for k in range(len(steps)))], key=lambda one: one.k)
     filled = tuple(n for n, one in enumerate(sequence) if one.a < one.k)
     kept = max((one.k - one.history(fills[one.fill].depth)[-1] for one in fillings), default=1)
-    recipe = Recipe(ReuseSteps(filled), fill=Replayed(fills, sequence=tuple(sequence), kept=kept), method="none")
+    recipe = Recipe(ReuseSteps(filled), fill=Replayed(Chosen(fills), tuple(sequence), kept), method="none")
     errors = []
     with torch.no_grad(), enable(network, recipe) as cache, cache.run(len(sequence)):
         for n, (k, a, _, _) in enumerate(sequence):

@@ -51,8 +51,8 @@ def planned(errors: StepErrors, computed: Sequence[int]) -> Recipe:
     fills = [errors.fills[n] for n in used]
     for i, fill in enumerate(fills):
         if isinstance(fill, Trend):  # not more of its data than the plan needs
-            since = [range(a + 1, k + 1) for k, a, _ in filled if best[k] == used[i]]
-            fills[i] = fill.of(itertools.chain(*since))
+            back = [(a if fill.write_back else k - 1, k) for k, a, _ in filled if best[k] == used[i]]
+            fills[i] = fill.of(itertools.chain(*(range(a + 1, k + 1) for a, k in back)))
     chosen = tuple(used.index(best.get(k, used[0])) for k in range(len(errors.weights)))
     return Recipe(ReuseSteps(tuple(k for k, _, _ in filled)), fill=Chosen(tuple(fills), chosen))
 

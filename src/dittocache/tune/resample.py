@@ -53,11 +53,11 @@ Keep = Literal["count", "share"]
 def resample(recipe: Recipe, scheduler: Any, num_steps: int | None = None, *, keep: Keep = "count") -> Recipe:
     """The recipe for a run of other steps: what belongs to single steps goes to the steps nearest in noise level.
 
-    Step 0 is always computed, and sites that are computed at every step stay so. A forecast's order comes from the
-    nearest step that was filled; fitted factors are interpolated, if as many steps are computed as before. Then a
-    squared error is predicted, too, if `provenance["solver"]["costs"]` has one for every step (0 for computed ones): it
-    is interpolated by noise level, and goes with the square of a step's length. It is in `provenance["resampled"]`,
-    with all that was known of the recipe.
+    Step 0 is always computed, and sites that are computed at every step stay so. The fill that was chosen for a step
+    is that of the nearest one that was filled; fitted factors are interpolated, if as many steps are computed as
+    before. Then a squared error is predicted, too, if `provenance["solver"]["costs"]` has one for every step (0 for
+    computed ones): it is interpolated by noise level, and goes with the square of a step's length. It is in
+    `provenance["resampled"]`, with all that was known of the recipe.
 
     Args:
         recipe: a list of steps or a table as its schedule; a rule that goes with any number of steps is left as it is.

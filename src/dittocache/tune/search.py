@@ -12,6 +12,7 @@ from ..recipe import Recipe
 from .surrogate import expected_gains
 
 ROOTS = 3  # plans that moves start from
+WORSE = 3.0  # times the least error, that of a plan which was given up
 LEAST = 1e-3  # gain that is worth a try, as a share of the error
 Steps = tuple[int, ...]  # computed ones, rising
 Tried = Callable[[int, float], Any]  # plans tried, the least error so far; what it returns as true ends the search
@@ -32,7 +33,7 @@ class Planner(Protocol):
         """
 
     def loss(self, computed: Sequence[int]) -> float:
-        """Predicted error, to tell likely plans from others."""
+        """Predicted error, 0 or more; inf for a plan that must not be. What counts is how those of plans compare."""
 
     def made(self, computed: Sequence[int], most: float = np.inf) -> tuple[Recipe | None, float]:
         """The recipe, and the squared error of its pictures; None and inf if that will be far more than `most`."""
@@ -68,7 +69,7 @@ def search(
     generator = np.random.default_rng(seed)
     best: tuple[Any, float] = (None, np.inf)
     errors: dict[Steps, float] = {}
-    waiting = planner.candidates(budget)
+    waiting, losses = list(planner.candidates(budget)), dict[Steps, float]()
     while waiting:
         steps = waiting.pop(0)
         recipe, errors[steps] = planner.made(steps, best[1])
@@ -76,28 +77,37 @@ def search(
             best = (recipe, errors[steps])
         if (tried and tried(len(errors), best[1])) or len(errors) >= tries:
             break
-        waiting = waiting or _next(planner, errors, generator)
+        waiting = waiting or _next(planner, errors, losses, generator)
     if best[0] is None:
         raise ValueError("no plan gives pictures of finite error: what the pipeline draws is not finite")
     return best
 
 
-def _next(planner: Planner, errors: Mapping[Steps, float], generator: Any) -> list[Steps]:
-    """The plan that promises most, of all that are one move from the best ones; none if no one promises anything."""
-    ranked = sorted(errors, key=lambda steps: errors[steps] if np.isfinite(errors[steps]) else np.inf)
-    found = np.array([errors[steps] for steps in ranked])
-    if not np.isfinite(found[0]) or found[0] <= 0:
+def _next(planner: Planner, errors: Mapping[Steps, float], losses: dict[Steps, float], generator: Any) -> list[Steps]:
+    """The plan that promises most, of all that are one move from the best ones; none if no one promises anything.
+
+    Args:
+        planner: predicts.
+        errors: of the plans that were tried.
+        losses: predicted ones, as far as they are known.
+        generator: of the moves of two steps.
+    """
+    finite = sorted((steps for steps in errors if np.isfinite(errors[steps])), key=lambda steps: errors[steps])
+    if not finite or errors[finite[0]] <= 0:
+        return []
+    moved = set().union(*(_moves(steps, planner.steps, generator) for steps in finite[:ROOTS])) - set(errors)
+    for steps in sorted({*errors, *moved} - set(losses)):
+        losses[steps] = planner.loss(steps)
+    # one that must not be tells nothing
+    plans = [steps for steps in errors if np.isfinite(losses[steps])]
+    others = [steps for steps in sorted(moved) if np.isfinite(losses[steps])]
+    if not plans or not others:
         return []
     # of a plan that was given up it is known that it is bad
-    found = np.where(np.isfinite(found), found, found[np.isfinite(found)].max())
-    moved = set().union(*(_moves(steps, planner.steps, generator) for steps in ranked[:ROOTS])) - set(errors)
-    losses = {steps: planner.loss(steps) for steps in sorted(moved)}
-    others = [steps for steps, loss in losses.items() if np.isfinite(loss)]
-    if not others:
-        return []
-    predicted = np.array([planner.loss(steps) for steps in ranked])
-    promised = np.array([losses[steps] for steps in others])
-    gains = expected_gains(ranked, found, predicted, others, promised, planner.steps)
+    bad = max(errors[finite[-1]], WORSE * errors[finite[0]])
+    found = np.array([errors[steps] if np.isfinite(errors[steps]) else bad for steps in plans])
+    predicted, promised = (np.array([losses[steps] for steps in part]) for part in (plans, others))
+    gains = expected_gains(plans, found, predicted, others, promised, planner.steps)
     return [others[int(gains.argmax())]] if gains.max() > LEAST else []
 
 
