@@ -152,12 +152,11 @@ def test_moves_start_from_the_best_three_plans(asked):
     assert len(starts) == 4, "the planner's own list is left as it is"
 
 
-def test_a_plan_that_is_given_up_counts_as_the_worst_or_three_times_the_best(asked):
-    for worst, told in ((4.0, 6.0), (9.0, 9.0)):
-        errors = {(0, 1, 2): worst, (0, 3, 5): 2.0, (0, 4, 6): np.inf, (0, 4, 5): np.nan}
-        search(Known(lambda steps, errors=errors: errors.get(steps, 3.0), lambda steps: 1.0, list(errors)), 3, tries=5)
-        assert dict(zip(*asked[-1][:2], strict=True)) == {**errors, (0, 4, 6): told, (0, 4, 5): told}
-        assert (0, 4, 7) not in asked[-1][2], "no moves start there"
+def test_a_plan_that_is_given_up_counts_as_the_worst(asked):
+    errors = {(0, 1, 2): 4.0, (0, 3, 5): 2.0, (0, 4, 6): np.inf, (0, 4, 5): np.nan}
+    search(Known(lambda steps: errors.get(steps, 3.0), lambda steps: 1.0, list(errors)), 3, tries=5)
+    plans, told, _ = asked[0]
+    assert plans[:2] == [(0, 3, 5), (0, 1, 2)] and told == [2, 4, 4, 4]
 
 
 def test_a_start_that_must_not_be_tells_nothing(asked):
@@ -169,7 +168,7 @@ def test_a_start_that_must_not_be_tells_nothing(asked):
 
 
 @pytest.mark.parametrize(("gain", "tries"), [(0.9e-3, 1), (1.1e-3, 9)])
-def test_a_gain_of_a_thousandth_is_worth_a_try(monkeypatch, gain, tries):
+def test_a_small_gain_is_worth_a_try(monkeypatch, gain, tries):
     monkeypatch.setattr(searching, "expected_gains", lambda *asked: np.full(len(asked[3]), gain))
     planner = Known(lambda steps: 1.0, lambda steps: 1.0)
     search(planner, 3, tries=9)
@@ -259,9 +258,9 @@ def test_a_step_that_a_plan_does_not_have_is_at_the_end():
 
 
 def test_predictions():
-    """The wrong way round they do not count, and one of zero does not outweigh everything."""
+    """The wrong way round they do not count, and one of zero is finite."""
     assert surrogate._slope(np.arange(9.0), -np.arange(9.0)) == 0
     less, more = expected_gains(PLANS, ERRORS, 1e-6 * ERRORS, [(0, 1, 7), (0, 1, 7)], np.array([1e-7, 1e-6]), STEPS)
     assert less > 1.5 * more
     with_zero = expected_gains(PLANS, ERRORS, np.array([0, 5, 5, 5, 5.0]), [(0, 3, 4)], np.array([4.0]), STEPS)
-    assert np.isfinite(with_zero).all() and with_zero[0] > 1e-3
+    assert np.isfinite(with_zero).all()

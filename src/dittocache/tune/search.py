@@ -12,7 +12,6 @@ from ..recipe import Recipe
 from .surrogate import expected_gains
 
 ROOTS = 3  # plans that moves start from
-WORSE = 3.0  # times the least error, that of a plan which was given up
 LEAST = 1e-3  # gain that is worth a try, as a share of the error
 Steps = tuple[int, ...]  # computed ones, rising
 Tried = Callable[[int, float], Any]  # plans tried, the least error so far; what it returns as true ends the search
@@ -92,20 +91,19 @@ def _next(planner: Planner, errors: Mapping[Steps, float], losses: dict[Steps, f
         losses: predicted ones, as far as they are known.
         generator: of the moves of two steps.
     """
-    finite = sorted((steps for steps in errors if np.isfinite(errors[steps])), key=lambda steps: errors[steps])
-    if not finite or errors[finite[0]] <= 0:
+    ranked = sorted(errors, key=lambda steps: errors[steps] if np.isfinite(errors[steps]) else np.inf)
+    if not np.isfinite(errors[ranked[0]]) or errors[ranked[0]] <= 0:
         return []
-    moved = set().union(*(_moves(steps, planner.steps, generator) for steps in finite[:ROOTS])) - set(errors)
+    moved = set().union(*(_moves(steps, planner.steps, generator) for steps in ranked[:ROOTS])) - set(errors)
     for steps in sorted({*errors, *moved} - set(losses)):
         losses[steps] = planner.loss(steps)
     # one that must not be tells nothing
-    plans = [steps for steps in errors if np.isfinite(losses[steps])]
-    others = [steps for steps in sorted(moved) if np.isfinite(losses[steps])]
+    plans, others = ([steps for steps in part if np.isfinite(losses[steps])] for part in (ranked, sorted(moved)))
     if not plans or not others:
         return []
     # of a plan that was given up it is known that it is bad
-    bad = max(errors[finite[-1]], WORSE * errors[finite[0]])
-    found = np.array([errors[steps] if np.isfinite(errors[steps]) else bad for steps in plans])
+    worst = max(error for error in errors.values() if np.isfinite(error))
+    found = np.array([errors[steps] if np.isfinite(errors[steps]) else worst for steps in plans])
     predicted, promised = (np.array([losses[steps] for steps in part]) for part in (plans, others))
     gains = expected_gains(plans, found, predicted, others, promised, planner.steps)
     return [others[int(gains.argmax())]] if gains.max() > LEAST else []

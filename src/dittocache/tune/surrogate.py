@@ -16,7 +16,7 @@ import torch
 LENGTHS = tuple(2.0**-n for n in range(6))  # over which errors vary, as shares of the run
 NOISES = (0.01, 0.1, 0.3)  # of errors that no smooth function explains, as shares of their scatter
 SLOPE, SCATTER, WEIGHT = 1.0, 0.5, 2  # what is taken for granted before, and how many plans that counts for
-SMALLEST, TINY = 1e-3, 1e-12  # prediction that is told from 0: as a share of the usual one, and at all
+TINY = 1e-12
 
 
 def expected_gains(
@@ -37,8 +37,7 @@ def expected_gains(
         others_predicted: [m] what is predicted for them.
         steps: T.
     """
-    least = max(SMALLEST * float(np.median(predicted)), TINY)
-    y, known, unknown = np.log(errors), *(np.log(np.maximum(one, least)) for one in (predicted, others_predicted))
+    y, known, unknown = np.log(errors), np.log(predicted + TINY), np.log(others_predicted + TINY)
     x, z = _placed(plans, others, steps)
     slope = _slope(known, y)
     offset = float((y - slope * known).mean())
